@@ -1,0 +1,351 @@
+package edge
+
+import (
+	"sync"
+
+	"millrace/protocol"
+)
+
+// Implementation limits of a downlink.
+const (
+	resumeBelow   = protocol.MaxUnacknowledged / 2 // a paused drain goes on when acknowledgements bring it here
+	pageRows      = 128                            // rows asked for at once; a paused drain resumes with this much room
+	recentAcks    = 512                            // deletions are committed within 100 ms: 5 000 acknowledgements a second
+	slowSeconds   = 60                             // without progress at a limit, then closed
+	flightKeepCap = 64                             // entries; larger ones are not kept in the pool
+)
+
+// Downlink is the pure state of what one connection is given: live or draining, the pass of a drain, and what is in
+// flight until the device acknowledges it. It decides; the loop that owns it acts on the Effects.
+//
+// The owner pushes only to live sessions. Whatever it writes to the mailbox instead is followed by a
+// notice, and a drain ends only when a pass that began after the last notice found nothing to push, so
+// no message falls between the two (DESIGN.md §5). Every turn from live to draining raises the generation:
+// pushes that were already on their way carry the old one, are refused, and overtake nothing.
+type Downlink struct {
+	flight       *flight // nil while nothing was in flight for a second
+	generation   uint32
+	stalledSince uint32 // seconds; when the present lack of progress began
+
+	live    bool
+	heir    bool
+	paused  bool // at a limit; resumed by acknowledgements or the sweep
+	reading bool // a page was asked for and has not come
+	noticed bool // since this pass began
+	found   bool // this pass pushed something
+	acked   bool // since the last sweep
+	idle    bool // flight was empty at the last sweep
+}
+
+// Pending is one push that the device has not acknowledged.
+type Pending struct {
+	ID           protocol.MessageID
+	Conversation uint64
+	Position     uint64
+	Mailbox      bool // the row is in a mailbox: losing the connection loses nothing
+	UserMailbox  bool
+}
+
+// flight is what a connection needs only while something is in flight; pooled.
+type flight struct {
+	pending []Pending // oldest first, at most protocol.MaxUnacknowledged
+	recent  []protocol.MessageID
+	next    int                    // where recent is overwritten when full
+	cursor  protocol.MailboxCursor // how far this pass has come
+	last    protocol.MailboxCursor // the last row of the present page that was dealt with
+	stopped bool                   // the present page hit a limit
+}
+
+var flights = sync.Pool{New: func() any { return new(flight) }}
+
+// Effects are what the loop must do after a step.
+type Effects uint8
+
+const (
+	// ReadPage: ask the Mailbox for PageLimit rows after Cursor.
+	ReadPage Effects = 1 << iota
+	// StateChanged: tell the Registrar the new Generation and Live.
+	StateChanged
+	// CloseSlow: close the connection, code slow.
+	CloseSlow
+)
+
+// PushVerdict is what a Downlink says to one message.
+type PushVerdict uint8
+
+const (
+	// Write it; it is in flight now.
+	Write PushVerdict = iota
+	// Skip it: it is in flight on this connection already, or was acknowledged a moment ago.
+	Skip
+	// RefusePush: tell the owner; it goes to the mailbox.
+	RefusePush
+	// StopPage: no room; this row and those after it stay for later. Call EndPage.
+	StopPage
+)
+
+// Start begins the first drain of a connection whose route was bound as draining, generation 0.
+func (d *Downlink) Start(heir bool) Effects {
+	*d = Downlink{heir: heir}
+	return d.beginPass()
+}
+
+// Live reports whether the owner may push to this session.
+func (d *Downlink) Live() bool { return d.live }
+
+// Generation is the one that a push must name.
+func (d *Downlink) Generation() uint32 { return d.generation }
+
+// InFlight is how many pushes are not acknowledged.
+func (d *Downlink) InFlight() int {
+	if d.flight == nil {
+		return 0
+	}
+	return len(d.flight.pending)
+}
+
+// Heir reports whether the drain reads the user mailbox too.
+func (d *Downlink) Heir() bool { return d.heir }
+
+// Cursor is where the next page of the present pass starts.
+func (d *Downlink) Cursor() protocol.MailboxCursor {
+	if d.flight == nil {
+		return protocol.MailboxCursor{}
+	}
+	return d.flight.cursor
+}
+
+// PageLimit is how many rows to ask for: never more than could be pushed.
+func (d *Downlink) PageLimit() int {
+	return max(1, min(pageRows, protocol.MaxUnacknowledged-d.InFlight()))
+}
+
+// Push judges a live push. room says whether the outbound budget takes it.
+func (d *Downlink) Push(generation uint32, p Pending, room bool) (PushVerdict, Effects) {
+	if !d.live || generation != d.generation {
+		return RefusePush, 0
+	}
+	f := d.borrow()
+	if f.find(p.ID) >= 0 {
+		return Skip, 0
+	}
+	if !room || len(f.pending) >= protocol.MaxUnacknowledged {
+		d.turnDraining()
+		d.paused = true
+		return RefusePush, StateChanged
+	}
+	f.pending = append(f.pending, p)
+	return Write, 0
+}
+
+// Notify says that something was written to the mailbox for this session.
+func (d *Downlink) Notify() Effects {
+	d.noticed = true
+	if !d.live {
+		return 0
+	}
+	d.turnDraining()
+	return StateChanged | d.beginPass()
+}
+
+func (d *Downlink) turnDraining() {
+	d.live = false
+	d.generation++
+	d.paused = false
+	d.borrow().cursor = protocol.MailboxCursor{}
+	d.found, d.noticed = false, false
+}
+
+func (d *Downlink) beginPass() Effects {
+	d.borrow().cursor = protocol.MailboxCursor{}
+	d.found, d.noticed, d.paused = false, false, false
+	return d.read()
+}
+
+func (d *Downlink) read() Effects {
+	if d.reading {
+		return 0 // its answer will start the next one, see BeginPage
+	}
+	d.reading = true
+	return ReadPage
+}
+
+// BeginPage opens a page that was asked for with Cursor after. It is false when the page is no longer
+// wanted; then effects may ask for another.
+func (d *Downlink) BeginPage(after protocol.MailboxCursor) (ok bool, e Effects) {
+	d.reading = false
+	if d.live || d.paused {
+		return false, 0
+	}
+	f := d.borrow()
+	if after != f.cursor {
+		return false, d.read()
+	}
+	f.last, f.stopped = after, false
+	return true, 0
+}
+
+// Row judges the next row of the page.
+func (d *Downlink) Row(p Pending, room bool) PushVerdict {
+	f := d.borrow()
+	at := protocol.MailboxCursor{DeviceMailbox: !p.UserMailbox, Position: p.Position, ID: p.ID}
+	if f.find(p.ID) >= 0 || f.recentlyAcknowledged(p.ID) {
+		f.last = at
+		return Skip
+	}
+	if !room || len(f.pending) >= protocol.MaxUnacknowledged {
+		f.stopped = true
+		return StopPage
+	}
+	f.last = at
+	p.Mailbox = true
+	f.pending = append(f.pending, p)
+	d.found = true
+	return Write
+}
+
+// EndPage closes the page. next is where the following page starts; end says that no row follows.
+func (d *Downlink) EndPage(next protocol.MailboxCursor, end bool) Effects {
+	f := d.borrow()
+	switch {
+	case f.stopped:
+		f.cursor = f.last
+		d.paused = true
+		return 0
+	case !end:
+		f.cursor = next
+		return d.read()
+	case d.found || d.noticed:
+		return d.beginPass()
+	default:
+		d.live = true
+		return StateChanged
+	}
+}
+
+// PageFailed says that the page could not be read. The sweep tries again.
+func (d *Downlink) PageFailed() {
+	d.reading = false
+	d.paused = !d.live
+}
+
+// Acknowledge takes a push out of flight. ok is false when no such push is in flight; the
+// acknowledgement is then counted and ignored. room is whether the outbound budget takes more.
+func (d *Downlink) Acknowledge(id protocol.MessageID, room bool) (p Pending, ok bool, e Effects) {
+	f := d.flight
+	if f == nil {
+		return p, false, 0
+	}
+	i := f.find(id)
+	if i < 0 {
+		return p, false, 0
+	}
+	p = f.pending[i]
+	f.pending = append(f.pending[:i], f.pending[i+1:]...)
+	f.remember(id)
+	d.acked = true
+	if d.paused && room && len(f.pending) < resumeBelow {
+		e = d.resume()
+	}
+	return p, true, e
+}
+
+func (d *Downlink) resume() Effects {
+	d.paused = false
+	return d.read()
+}
+
+// Sweep is called once a second. buffered is how many outbound bytes wait in this process, left
+// whether any left since the last sweep.
+func (d *Downlink) Sweep(nowSeconds uint32, buffered int, left bool) (e Effects) {
+	full := d.InFlight() >= protocol.MaxUnacknowledged
+	if full && !d.acked || buffered > 0 && !left {
+		if nowSeconds-d.stalledSince >= slowSeconds {
+			return CloseSlow
+		}
+	} else {
+		d.stalledSince = nowSeconds
+	}
+	d.acked = false
+	if d.paused && buffered == 0 && !full {
+		e = d.resume()
+	}
+	d.release()
+	return e
+}
+
+// End gives back what was in flight when the connection ended: lost is called for each push whose only copy outside the
+// log was this connection's. Rows of a mailbox stay there.
+func (d *Downlink) End(lost func(Pending)) {
+	f := d.flight
+	if f == nil {
+		return
+	}
+	for _, p := range f.pending {
+		if !p.Mailbox {
+			lost(p)
+		}
+	}
+	f.pending = f.pending[:0]
+	d.live, d.idle = true, true
+	d.release()
+}
+
+func (d *Downlink) borrow() *flight {
+	if d.flight == nil {
+		d.flight = flights.Get().(*flight)
+	}
+	d.idle = false
+	return d.flight
+}
+
+// release returns the flight of a live session in which nothing happened for a whole sweep: until then
+// a drain could still read rows whose deletion is under way.
+func (d *Downlink) release() {
+	f := d.flight
+	if f == nil || !d.live || len(f.pending) > 0 {
+		d.idle = false
+		return
+	}
+	if !d.idle {
+		d.idle = true
+		return
+	}
+	d.flight = nil
+	if cap(f.pending) > flightKeepCap {
+		f.pending = nil
+	}
+	if cap(f.recent) > flightKeepCap {
+		f.recent = nil
+	}
+	*f = flight{pending: f.pending[:0], recent: f.recent[:0]}
+	flights.Put(f)
+}
+
+// find is a scan: acknowledgements come in the order of the pushes, so the first entry is the usual hit.
+func (f *flight) find(id protocol.MessageID) int {
+	for i := range f.pending {
+		if f.pending[i].ID == id {
+			return i
+		}
+	}
+	return -1
+}
+
+func (f *flight) remember(id protocol.MessageID) {
+	if len(f.recent) < recentAcks {
+		f.recent = append(f.recent, id)
+		return
+	}
+	f.recent[f.next] = id
+	f.next = (f.next + 1) % recentAcks
+}
+
+func (f *flight) recentlyAcknowledged(id protocol.MessageID) bool {
+	for i := range f.recent {
+		if f.recent[i] == id {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,194 @@
+package edge
+
+import (
+	"math/bits"
+
+	"millrace/protocol"
+)
+
+// Uplink is the pure state of what one connection sends: its open numbers, the refusal that holds a
+// stream back, and the message rate. It decides; the loop that owns it acts. 72 bytes, no pointer.
+//
+// A number is open from its first Offer that was not finally refused until its answer. Open
+// numbers lie within a span of 64, which is what makes the duplicate window exact (DESIGN.md §4).
+type Uplink struct {
+	first  uint64 // of this connection's block; smaller numbers are resends
+	base   uint64 // bit 0 of handed; the lowest number handed over and not answered
+	handed uint64 // bit i: base+i was handed to the Publisher and is not answered
+	held   uint64 // a retryable refusal left this number open and holds back all above it; 0: none
+
+	rate       tokenBucket
+	floodCount uint32 // refusals for rate since floodFrom
+	floodFrom  uint32 // seconds
+	heldUntil  int64  // ms; when trying held again may help
+	heldCode   protocol.Code
+}
+
+// Verdict is what an Uplink says to one send.
+type Verdict uint8
+
+const (
+	// Publish: hand it to the Publisher, then call Handed or Refused.
+	Publish Verdict = iota
+	// Ignore: this number was handed over on this connection and its answer is on the way.
+	Ignore
+	// Refuse: tell the client; the number stays open unless the code is bad_request.
+	Refuse
+	// Flood: close the connection.
+	Flood
+	// BlockUsed: the block has no number after this one; refuse it, tell the client to go away and come back.
+	BlockUsed
+)
+
+// Start gives the connection its block.
+func (u *Uplink) Start(block uint32) { *u = Uplink{first: protocol.FirstSeq(block)} }
+
+// First is the first number of the connection's block.
+func (u *Uplink) First() uint64 { return u.first }
+
+// Open is how many sends were handed over and not answered.
+func (u *Uplink) Open() int { return bits.OnesCount64(u.handed) }
+
+// Offer judges the send with this number. With Refuse it returns what the client is told, and the number that it must send
+// again first when the refusal holds the stream back. nowMs is any monotonic clock.
+func (u *Uplink) Offer(seq uint64, nowMs int64, limit *RateLimit) (v Verdict, refusal protocol.Refusal, resendFrom uint64) {
+	if !protocol.ValidSeq(seq) || protocol.SeqBlock(seq) > protocol.SeqBlock(u.first) {
+		return Refuse, protocol.Refusal{Code: protocol.CodeBadRequest}, 0
+	}
+	if u.held != 0 && seq > u.held {
+		if limit.on() && u.heldCode == protocol.CodeRateLimited && u.flooding(nowMs, limit) {
+			return Flood, protocol.Refusal{}, 0
+		}
+		return Refuse, u.heldRefusal(nowMs), u.held
+	}
+	if u.handed != 0 && seq >= u.base && seq-u.base < 64 && u.handed>>(seq-u.base)&1 == 1 {
+		return Ignore, protocol.Refusal{}, 0
+	}
+	if !u.withinSpan(seq) {
+		return Refuse, protocol.Refusal{Code: protocol.CodeWindowExceeded}, 0
+	}
+	if limit.on() {
+		if wait := u.rate.take(nowMs, limit); wait > 0 {
+			if u.flooding(nowMs, limit) {
+				return Flood, protocol.Refusal{}, 0
+			}
+			r := protocol.Refusal{Code: protocol.CodeRateLimited, RetryAfterMs: uint32(wait)}
+			u.hold(seq, r, nowMs)
+			return Refuse, r, u.held
+		}
+	}
+	if protocol.SeqSend(seq) == protocol.MaxSend && protocol.SeqBlock(seq) == protocol.SeqBlock(u.first) {
+		return BlockUsed, protocol.Refusal{}, 0
+	}
+	return Publish, protocol.Refusal{}, 0
+}
+
+// withinSpan reports whether the open numbers and seq lie within protocol.MaxOpenSpan.
+func (u *Uplink) withinSpan(seq uint64) bool {
+	low, high := seq, seq
+	if u.handed != 0 {
+		low = min(low, u.base)
+		high = max(high, u.base+63-uint64(bits.LeadingZeros64(u.handed)))
+	}
+	if u.held != 0 {
+		low, high = min(low, u.held), max(high, u.held)
+	}
+	return high-low < protocol.MaxOpenSpan
+}
+
+// Handed records that the Publisher took the send.
+func (u *Uplink) Handed(seq uint64) {
+	if u.held == seq {
+		u.held = 0
+	}
+	switch {
+	case u.handed == 0:
+		u.base = seq
+	case seq < u.base:
+		u.handed <<= u.base - seq
+		u.base = seq
+	}
+	u.handed |= 1 << (seq - u.base)
+}
+
+// Refused records a refusal that the Publisher gave inside the call. A retryable one holds back every
+// higher number until this one comes again, so that a stream's order survives it; a final one ends the number.
+func (u *Uplink) Refused(seq uint64, r protocol.Refusal, nowMs int64) (resendFrom uint64) {
+	if r.RetryAfterMs == 0 {
+		u.Ended(seq)
+		return 0
+	}
+	u.hold(seq, r, nowMs)
+	return u.held
+}
+
+// Ended records that a final refusal ended the number.
+func (u *Uplink) Ended(seq uint64) {
+	if u.held == seq {
+		u.held = 0
+	}
+}
+
+// Answer records the answer to a send that was handed over. ok is false when there was none.
+func (u *Uplink) Answer(seq uint64, r protocol.Refusal, nowMs int64) (resendFrom uint64, ok bool) {
+	if u.handed == 0 || seq < u.base || seq-u.base >= 64 || u.handed>>(seq-u.base)&1 == 0 {
+		return 0, false
+	}
+	u.handed &^= 1 << (seq - u.base)
+	if u.handed != 0 {
+		skip := bits.TrailingZeros64(u.handed)
+		u.handed >>= skip
+		u.base += uint64(skip)
+	}
+	if r.RetryAfterMs != 0 {
+		u.hold(seq, r, nowMs)
+		return u.held, true
+	}
+	return 0, true
+}
+
+func (u *Uplink) hold(seq uint64, r protocol.Refusal, nowMs int64) {
+	if u.held == 0 || seq <= u.held {
+		u.held, u.heldCode, u.heldUntil = seq, r.Code, nowMs+int64(r.RetryAfterMs)
+	}
+}
+
+func (u *Uplink) heldRefusal(nowMs int64) protocol.Refusal {
+	return protocol.Refusal{Code: u.heldCode, RetryAfterMs: uint32(max(1, u.heldUntil-nowMs))}
+}
+
+// flooding counts one refusal for rate and reports whether the client went on at over ten
+// times the rate for ten seconds: 100 seconds' worth of messages refused within ten.
+func (u *Uplink) flooding(nowMs int64, limit *RateLimit) bool {
+	const windowSeconds, factor = 10, 10
+	now := uint32(nowMs / 1000)
+	if now-u.floodFrom >= windowSeconds {
+		u.floodFrom, u.floodCount = now, 0
+	}
+	u.floodCount++
+	return float64(u.floodCount) > limit.PerSecond*factor*windowSeconds
+}
+
+// RateLimit is how many sends a connection may make. The zero value sets no limit.
+type RateLimit struct {
+	PerSecond float64
+	Burst     int // at least 1
+}
+
+func (l *RateLimit) on() bool { return l.PerSecond > 0 }
+
+// tokenBucket is the generic cell rate algorithm (ITU-T I.371) in 8 bytes: the theoretical arrival
+// time of the next cell, in microseconds of the caller's clock.
+type tokenBucket struct{ arrivalMicros int64 }
+
+// take takes one token, or returns after how many milliseconds (≥ 1) there will be one.
+func (b *tokenBucket) take(nowMs int64, l *RateLimit) (waitMs int64) {
+	now := nowMs * 1000
+	interval := int64(1e6 / l.PerSecond)
+	arrival := max(b.arrivalMicros, now)
+	if early := arrival - now - interval*int64(l.Burst-1); early > 0 {
+		return (early + 999) / 1000
+	}
+	b.arrivalMicros = arrival + interval
+	return 0
+}
