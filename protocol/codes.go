@@ -33,6 +33,9 @@ const (
 	CodeShuttingDown   Code = 35 // the server is going away
 	CodeOutcomeUnknown Code = 36 // the server cannot tell whether the message is durable; send it again
 	CodeInternal       Code = 37 // the server failed; connect again
+
+	// CodeUnknown stands for a JSON code name of a later version. It is never sent.
+	CodeUnknown Code = 1<<16 - 1
 )
 
 var codeNames = map[Code]string{

@@ -1,7 +1,8 @@
 package protocol
 
-// Kind is the first byte of a binary frame and tells which message it is. Bit 7 marks a kind that a
-// receiver which does not know it skips; any other unknown kind is answered with unknown_action.
+// Kind is the first byte of a binary frame and tells which message it is. Bit 6 is set in what a server sends.
+// Bit 7 marks a kind that a receiver which does not know it skips; any other unknown kind is answered
+// with unknown_action. 0 is no kind.
 type Kind uint8
 
 const (
@@ -19,8 +20,13 @@ const (
 	KindRenewed   Kind = 0x47 // ←
 	KindGoAway    Kind = 0x48 // ← retry_after
 
-	KindIgnorable Kind = 0x80
+	KindFromServer Kind = 0x40 // bit 6: sent by the server
+	KindIgnorable  Kind = 0x80 // bit 7: skipped by who does not know it
 )
+
+// FromServer reports whether only a server sends this kind. A server that gets one, and a client that gets one
+// of the others, treats it as an unknown kind.
+func (k Kind) FromServer() bool { return k&KindFromServer != 0 }
 
 // Frame is one protocol message, either direction and either encoding. Which fields mean something
 // depends on Kind (the comment of each says where); the others are zero. A parser fills a Frame that
@@ -71,11 +77,13 @@ type Receipt struct {
 	Receiver  []byte
 }
 
-// FrameError says why bytes are not a frame. Code is what the peer is told; Close is set when the connection cannot go on.
+// FrameError says why bytes are not a frame. Code is what the peer is told; Close is set when the connection cannot
+// go on, which no parser of this package demands: a bad frame gets an error frame and the connection lives. FrameErrors are
+// shared and must not be changed.
 type FrameError struct {
 	Code  Code
-	Close CloseCode // 0: the connection lives, the rest of the WebSocket message is skipped
-	Text  string
+	Close CloseCode // 0: the connection lives
+	Text  string    // for a developer: says what is wrong, never repeats what the peer sent
 }
 
 func (e *FrameError) Error() string { return e.Code.String() + ": " + e.Text }
