@@ -1,0 +1,313 @@
+package backend
+
+import "millrace/protocol"
+
+// conversation is what the owner keeps of one conversation while it is in use, and for a while after.
+type conversation struct {
+	key      string
+	queue    []*entry // not finished, by position
+	writing  int      // deliveries in state mailbox
+	commits  int      // commits with something of it that are not durable
+	touched  bool     // it has something in the commit being gathered
+	windows  []*window
+	receipts []*receipt
+
+	newer, older *conversation // neighbours in the idle list
+	isIdle       bool
+}
+
+// conversation finds or makes the conversation; call rest when done with it.
+func (o *Owner) conversation(key string) *conversation {
+	conv := o.convs[key]
+	if conv == nil {
+		conv = &conversation{key: key}
+		o.convs[key] = conv
+	}
+	o.idle.remove(conv)
+	return conv
+}
+
+// rest puts a conversation that nothing needs any more into the idle list, from which the oldest are forgotten.
+// Its rows are in the store then, and are read again when needed.
+func (o *Owner) rest(conv *conversation) {
+	if len(conv.queue) > 0 || conv.commits > 0 || conv.touched || conv.isIdle {
+		return
+	}
+	o.idle.add(conv)
+	for o.idle.size > o.cfg.MaxIdleConversations {
+		oldest := o.idle.oldest
+		o.idle.remove(oldest)
+		delete(o.convs, oldest.key)
+	}
+}
+
+// idleList is a doubly linked list of conversations in the order in which they came to rest.
+type idleList struct {
+	newest, oldest *conversation
+	size           int
+}
+
+func (l *idleList) add(c *conversation) {
+	c.isIdle, c.older, c.newer = true, l.newest, nil
+	if l.newest != nil {
+		l.newest.newer = c
+	} else {
+		l.oldest = c
+	}
+	l.newest = c
+	l.size++
+}
+
+func (l *idleList) remove(c *conversation) {
+	if !c.isIdle {
+		return
+	}
+	if c.newer != nil {
+		c.newer.older = c.older
+	} else {
+		l.newest = c.older
+	}
+	if c.older != nil {
+		c.older.newer = c.newer
+	} else {
+		l.oldest = c.newer
+	}
+	c.isIdle, c.older, c.newer = false, nil, nil
+	l.size--
+}
+
+// window is a duplicate window and the numbers that are in flight, seen but not finished.
+type window struct {
+	stream  Stream
+	done    Window
+	pending []uint64
+	dirty   bool
+}
+
+// window finds the window of a stream, reading it when it is not here.
+func (c *conversation) window(r Reader, s Stream) (*window, error) {
+	for _, w := range c.windows {
+		if w.stream == s {
+			return w, nil
+		}
+	}
+	done, err := r.Window(WindowKey{c.key, s})
+	if err != nil {
+		return nil, err
+	}
+	w := &window{stream: s, done: done}
+	c.windows = append(c.windows, w)
+	return w, nil
+}
+
+func (w *window) inFlight(seq uint64) bool {
+	for _, p := range w.pending {
+		if p == seq {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *window) finish(seq uint64) {
+	for i, p := range w.pending {
+		if p == seq {
+			w.pending = append(w.pending[:i], w.pending[i+1:]...)
+			break
+		}
+	}
+	w.done.Finish(seq)
+	w.dirty = true
+}
+
+// maxAcksKept bounds the acknowledgements remembered beyond a hole. When it is not enough a receipt names an earlier
+// message than it could, until the hole is filled.
+const maxAcksKept = 64
+
+// receipt is how far one sender's messages reached one addressee, and the holes that it must not pass: messages
+// that no device of the addressee has acknowledged.
+type receipt struct {
+	row    ReceiptRow
+	loaded bool
+	dirty  bool
+	hole   uint64 // the first outstanding position once loaded, 0: none
+	acks   []Mark // acknowledged, beyond row.Delivered, ascending
+
+	// What commits that are not durable do to the outstanding rows; the store may show it or not.
+	left    []overlay // written
+	settled []overlay // deleted; wins
+}
+
+type overlay struct {
+	position uint64
+	commit   uint64
+}
+
+// receipt finds the receipt of a sender's messages to an addressee; load it before use.
+func (c *conversation) receipt(sender, addressee string) *receipt {
+	for _, rc := range c.receipts {
+		if rc.row.Sender == sender && rc.row.Addressee == addressee {
+			return rc
+		}
+	}
+	rc := &receipt{row: ReceiptRow{ReceiptKey: ReceiptKey{Sender: sender, Conversation: c.key, Addressee: addressee}}}
+	c.receipts = append(c.receipts, rc)
+	return rc
+}
+
+// firstUnacknowledged is the position of the first message in flight that no device acknowledged, 0: none.
+func (c *conversation) firstUnacknowledged(rc *receipt) uint64 {
+	for _, e := range c.queue {
+		if !e.acked && e.receiver == rc.row.Addressee && e.sender() == rc.row.Sender {
+			return e.position
+		}
+	}
+	return 0
+}
+
+func (rc *receipt) load(r Reader) error {
+	if rc.loaded {
+		return nil
+	}
+	row, err := r.Receipt(rc.row.ReceiptKey)
+	if err != nil {
+		return err
+	}
+	hole, err := rc.nextHole(r, 0)
+	if err != nil {
+		return err
+	}
+	row.ReceiptKey = rc.row.ReceiptKey
+	rc.row, rc.hole, rc.loaded = row, hole, true
+	return nil
+}
+
+// leave records that a message was finished without an acknowledgement.
+func (rc *receipt) leave(position, commit uint64) {
+	rc.left = append(rc.left, overlay{position, commit})
+	if rc.loaded && (rc.hole == 0 || position < rc.hole) {
+		rc.hole = position
+	}
+}
+
+// settle records that an outstanding message was acknowledged.
+func (rc *receipt) settle(r Reader, position, commit uint64) error {
+	rc.settled = append(rc.settled, overlay{position, commit})
+	if rc.hole != position {
+		return nil
+	}
+	hole, err := rc.nextHole(r, position+1)
+	if err != nil {
+		rc.settled = rc.settled[:len(rc.settled)-1]
+		return err
+	}
+	rc.hole = hole
+	return nil
+}
+
+// nextHole is the first outstanding position ≥ from, 0: none.
+func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
+	var hole uint64
+	for _, l := range rc.left {
+		if l.position >= from && (hole == 0 || l.position < hole) && !contains(rc.settled, l.position) {
+			hole = l.position
+		}
+	}
+	for {
+		row, ok, err := r.FirstOutstanding(rc.row.Conversation, rc.row.Addressee, from)
+		switch {
+		case err != nil:
+			return 0, err
+		case !ok || hole != 0 && row.Position >= hole:
+			return hole, nil
+		case !contains(rc.settled, row.Position):
+			return row.Position, nil
+		}
+		from = row.Position + 1
+	}
+}
+
+func (rc *receipt) isOutstanding(r Reader, position uint64) (bool, error) {
+	switch {
+	case contains(rc.settled, position):
+		return false, nil
+	case contains(rc.left, position):
+		return true, nil
+	}
+	row, ok, err := r.FirstOutstanding(rc.row.Conversation, rc.row.Addressee, position)
+	return ok && row.Position == position, err
+}
+
+func contains(list []overlay, position uint64) bool {
+	for _, o := range list {
+		if o.position == position {
+			return true
+		}
+	}
+	return false
+}
+
+// acknowledge records the first acknowledgement of a message.
+func (rc *receipt) acknowledge(m Mark) {
+	rc.dirty = true
+	if m.Position > rc.row.Top.Position {
+		rc.row.Top = m
+	}
+	i := len(rc.acks)
+	for i > 0 && rc.acks[i-1].Position > m.Position {
+		i--
+	}
+	rc.acks = append(rc.acks, Mark{})
+	copy(rc.acks[i+1:], rc.acks[i:])
+	rc.acks[i] = m
+}
+
+// advance moves Delivered up to, and never past, the first message that nobody acknowledged: an outstanding one, or
+// unacknowledged in flight (0: none). It reports whether Delivered changed.
+func (rc *receipt) advance(unacknowledged uint64, nowMs int64) bool {
+	limit := uint64(protocol.MaxPosition) + 1
+	if rc.hole != 0 {
+		limit = rc.hole
+	}
+	if unacknowledged != 0 {
+		limit = min(limit, unacknowledged)
+	}
+	best := rc.row.Delivered
+	n := 0
+	for ; n < len(rc.acks) && rc.acks[n].Position < limit; n++ {
+		if rc.acks[n].Position > best.Position {
+			best = rc.acks[n]
+		}
+	}
+	if top := rc.row.Top; top.Position < limit && top.Position > best.Position {
+		best = top
+	}
+	rc.acks = append(rc.acks[:0], rc.acks[n:]...)
+	if len(rc.acks) > maxAcksKept {
+		rc.acks = rc.acks[:maxAcksKept]
+	}
+	if best.Position == rc.row.Delivered.Position {
+		return false
+	}
+	rc.row.Delivered = best
+	rc.row.ChangedMs = max(rc.row.ChangedMs, nowMs)
+	return true
+}
+
+func (rc *receipt) outstandingKey(position uint64) OutstandingKey {
+	return OutstandingKey{Conversation: rc.row.Conversation, Addressee: rc.row.Addressee, Position: position}
+}
+
+// committed forgets what the commit with this number made durable: the store shows it now.
+func (rc *receipt) committed(number uint64) {
+	rc.left = dropCommitted(rc.left, number)
+	rc.settled = dropCommitted(rc.settled, number)
+}
+
+func dropCommitted(list []overlay, number uint64) []overlay {
+	n := 0
+	for n < len(list) && list[n].commit <= number {
+		n++
+	}
+	return append(list[:0], list[n:]...)
+}
