@@ -168,17 +168,17 @@ func appendEpoch(dst []byte, epoch uint64) []byte {
 
 // appendJSONString escapes what RFC 8259 demands and nothing else: quotation mark, reverse solidus and controls.
 func appendJSONString[T string | []byte](dst []byte, s T) []byte {
+	valid := validUTF8(s)
 	dst = append(dst, '"')
 	start := 0
 	for i := 0; i < len(s); {
 		c := s[i]
-		if c >= 0x20 && c != '"' && c != '\\' && c < utf8.RuneSelf {
+		if c >= 0x20 && c != '"' && c != '\\' && (valid || c < utf8.RuneSelf) {
 			i++
 			continue
 		}
 		if c >= utf8.RuneSelf {
-			r, size := decodeRune(s, i)
-			if r != utf8.RuneError || size > 1 {
+			if r, size := decodeRune(s, i); r != utf8.RuneError || size > 1 {
 				i += size
 				continue
 			}
@@ -192,7 +192,17 @@ func appendJSONString[T string | []byte](dst []byte, s T) []byte {
 	return append(dst, '"')
 }
 
-// decodeRune decodes the code point at s[i:]. One function for both types: the conversion of at most four bytes stays on the stack.
+func validUTF8[T string | []byte](s T) bool {
+	switch s := any(s).(type) {
+	case string:
+		return utf8.ValidString(s)
+	case []byte:
+		return utf8.Valid(s)
+	}
+	return false
+}
+
+// decodeRune decodes the code point at s[i:] of either type without allocating.
 func decodeRune[T string | []byte](s T, i int) (rune, int) {
 	var b [utf8.UTFMax]byte
 	return utf8.DecodeRune(b[:copy(b[:], s[i:])])
