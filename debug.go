@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Limits of the admin server. It serves a handful of tools on a private address.
+const (
+	adminHeaderTimeout = 5 * time.Second
+	adminReadTimeout   = 10 * time.Second
+	adminWriteTimeout  = 2 * time.Minute // the longest CPU profile or trace that can be asked for
+	adminIdleTimeout   = time.Minute
+	adminHeaderBytes   = 8 << 10
+	adminScrapes       = 4 // at once
+)
+
+// Check is one condition of readiness.
+type Check struct {
+	Name string // as shown by /readyz?verbose: store, edge, …
+	Err  error  // nil: good
+}
+
+// source is what the admin server shows of the running program. All methods are called from any goroutine
+// and must not block for long.
+type source interface {
+	// Metrics calls emit for each value. Labels are pairs of key and value; equal names must come with
+	// equal label keys, kind and help. Values of equal name and labels are added up.
+	Metrics(emit func(name, help string, counter bool, value float64, labels ...string))
+	// Ready lists what must hold for new clients to be sent here.
+	Ready() []Check
+	// Alive is an error when only a restart can help.
+	Alive() error
+	// Draining reports whether the server is going away.
+	Draining() bool
+}
+
+// adminServer answers on the admin address.
+type adminServer struct {
+	listener net.Listener
+	http     http.Server
+	failed   chan error
+}
+
+// openAdmin binds addr and serves src until Close. The error names the address.
+func openAdmin(addr string, src source, log *slog.Logger) (*adminServer, error) {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen for admin: %w", err)
+	}
+	a := &adminServer{
+		listener: listener,
+		http: http.Server{
+			Handler:           adminHandler(src, log),
+			ReadHeaderTimeout: adminHeaderTimeout,
+			ReadTimeout:       adminReadTimeout,
+			WriteTimeout:      adminWriteTimeout,
+			IdleTimeout:       adminIdleTimeout,
+			MaxHeaderBytes:    adminHeaderBytes,
+			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		},
+		failed: make(chan error, 1),
+	}
+	go func() {
+		if err := a.http.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			a.failed <- fmt.Errorf("serve admin: %w", err)
+		}
+	}()
+	return a, nil
+}
+
+// Addr is what was bound.
+func (a *adminServer) Addr() string { return a.listener.Addr().String() }
+
+// Done receives the failure that ended the server, if it was not Close.
+func (a *adminServer) Done() <-chan error { return a.failed }
+
+// Close frees the address and waits at most for ctx for requests being answered, then cuts them off.
+func (a *adminServer) Close(ctx context.Context) error {
+	if err := a.http.Shutdown(ctx); err != nil {
+		return a.http.Close()
+	}
+	return nil
+}
+
+const adminIndex = `millrace admin
+
+/metrics          Prometheus metrics
+/livez            200 while running makes sense
+/readyz           200 while new clients are welcome; ?verbose lists the checks
+/debug/pprof/     profiles
+`
+
+func adminHandler(src source, log *slog.Logger) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) { answer(w, http.StatusOK, adminIndex) })
+	mux.Handle("GET /metrics", metricsHandler(src, log))
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
+		answerChecks(w, r, []Check{{"process", src.Alive()}})
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		answerChecks(w, r, readiness(src))
+	})
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+func readiness(src source) []Check {
+	var shutdown error
+	if src.Draining() {
+		shutdown = errors.New("draining")
+	}
+	checks := append([]Check{{"process", src.Alive()}}, src.Ready()...)
+	return append(checks, Check{"shutdown", shutdown})
+}
+
+// answerChecks writes what Kubernetes' own components write: ok, or one line a check.
+func answerChecks(w http.ResponseWriter, r *http.Request, checks []Check) {
+	status, verdict := http.StatusOK, "ok"
+	var lines strings.Builder
+	for _, c := range checks {
+		if c.Err == nil {
+			fmt.Fprintf(&lines, "[+]%s ok\n", c.Name)
+			continue
+		}
+		status, verdict = http.StatusServiceUnavailable, "failed"
+		fmt.Fprintf(&lines, "[-]%s failed: %s\n", c.Name, strings.ReplaceAll(c.Err.Error(), "\n", "; "))
+	}
+	if !r.URL.Query().Has("verbose") && status == http.StatusOK {
+		answer(w, status, "ok\n")
+		return
+	}
+	fmt.Fprintf(&lines, "%s check %s\n", strings.TrimPrefix(r.URL.Path, "/"), verdict)
+	answer(w, status, lines.String())
+}
+
+func answer(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	io.WriteString(w, text)
+}
+
+// metricsHandler has a registry of its own, so that two servers in one process (tests) do not share counters.
+func metricsHandler(src source, log *slog.Logger) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		buildInfo(readBuildVersion()),
+		collector{src},
+	)
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelError),
+		ErrorHandling:       promhttp.ContinueOnError, // one bad metric must not blind the operator
+		MaxRequestsInFlight: adminScrapes,
+	})
+}
+
+func buildInfo(v buildVersion) prometheus.Collector {
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "millrace_build_info",
+		Help:        "Always 1; the labels say which program this is.",
+		ConstLabels: prometheus.Labels{"version": v.version, "commit": v.commit, "goversion": v.goVers},
+	})
+	info.Set(1)
+	return info
+}
+
+// collector asks the islands when it is scraped: they count per event loop and add up only then. It is
+// unchecked (describes nothing), since only a scrape tells which labels exist.
+type collector struct{ src source }
+
+func (collector) Describe(chan<- *prometheus.Desc) {}
+
+// sample is one value being added up.
+type sample struct {
+	name, help string
+	counter    bool
+	value      float64
+	keys       []string
+	values     []string
+}
+
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	var order []*sample
+	byKey := make(map[string]*sample)
+	c.src.Metrics(func(name, help string, counter bool, value float64, labels ...string) {
+		if len(labels)%2 != 0 {
+			panic("metric " + name + " has a label without a value")
+		}
+		key := name + "\xff" + strings.Join(labels, "\xff")
+		if s := byKey[key]; s != nil {
+			s.value += value
+			return
+		}
+		s := &sample{name: name, help: help, counter: counter, value: value}
+		for i := 0; i < len(labels); i += 2 {
+			s.keys = append(s.keys, labels[i])
+			s.values = append(s.values, labels[i+1])
+		}
+		byKey[key] = s
+		order = append(order, s)
+	})
+	for _, s := range order {
+		out <- s.metric()
+	}
+}
+
+func (s *sample) metric() prometheus.Metric {
+	kind := prometheus.GaugeValue
+	if s.counter {
+		kind = prometheus.CounterValue
+	}
+	desc := prometheus.NewDesc(s.name, s.help, s.keys, nil)
+	m, err := prometheus.NewConstMetric(desc, kind, s.value, s.values...)
+	if err != nil {
+		return prometheus.NewInvalidMetric(desc, err)
+	}
+	return m
+}

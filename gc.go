@@ -1,0 +1,60 @@
+package main
+
+import (
+	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+)
+
+// gcHeadroomBytes bounds what the collector lets the heap grow over what is alive. Go's default is as
+// much again as is alive, which is right for small heaps; with a million connections it would double the memory that
+// each of them costs.
+const gcHeadroomBytes = 64 << 20
+
+// gcPercent is the GOGC value that gives a heap of live bytes a headroom of min(100 %, 64 MiB), at
+// least 1 %: 0 would collect without pause.
+func gcPercent(live uint64) int {
+	if live <= gcHeadroomBytes {
+		return 100
+	}
+	return int(max(1, gcHeadroomBytes*100/live))
+}
+
+// tuneGC keeps GOGC at gcPercent of what each collection found alive, for the rest of the process. A GOGC in the
+// environment is the user's choice and stays.
+func tuneGC() {
+	if os.Getenv("GOGC") != "" {
+		return
+	}
+	current := 100
+	afterEachGC(func() {
+		if percent := gcPercent(liveHeap()); percent != current { // setting it stops the world: only when it changes
+			current = percent
+			debug.SetGCPercent(percent)
+		}
+	})
+}
+
+// liveHeap is what the last collection marked, in bytes.
+func liveHeap() uint64 {
+	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
+}
+
+// cycleSentinel is unreachable from the moment it is made, so that each collection queues its finalizer.
+type cycleSentinel struct {
+	// A pointer keeps it out of the allocator's batches of tiny objects, which die together.
+	self *cycleSentinel
+}
+
+// afterEachGC calls f soon after every collection, one call at a time, on the runtime's finalizer goroutine: f
+// must be short. It costs nothing between collections.
+func afterEachGC(f func()) {
+	s := &cycleSentinel{}
+	runtime.SetFinalizer(s, func(*cycleSentinel) {
+		f()
+		afterEachGC(f)
+	})
+}

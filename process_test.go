@@ -1,0 +1,163 @@
+package main
+
+import (
+	"bytes"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+func TestGCPercent(t *testing.T) {
+	for _, c := range []struct {
+		live uint64
+		want int
+	}{
+		{0, 100}, {4 << 20, 100}, {64 << 20, 100}, {65 << 20, 98}, {128 << 20, 50}, {640 << 20, 10}, {6400 << 20, 1}, {100 << 30, 1},
+	} {
+		if got := gcPercent(c.live); got != c.want {
+			t.Errorf("%d MiB alive: got %d, want %d", c.live>>20, got, c.want)
+		}
+		if headroom := c.live * uint64(gcPercent(c.live)) / 100; c.live <= 6400<<20 && headroom > gcHeadroomBytes {
+			t.Errorf("%d MiB alive: headroom %d MiB", c.live>>20, headroom>>20)
+		}
+	}
+}
+
+func TestAfterEachGCFollowsCollections(t *testing.T) {
+	cycles := make(chan uint64, 1)
+	var stopped atomic.Bool
+	t.Cleanup(func() { stopped.Store(true) })
+	afterEachGC(func() {
+		if !stopped.Load() {
+			select {
+			case cycles <- liveHeap():
+			default:
+			}
+		}
+	})
+	for range 3 {
+		runtime.GC()
+		if live := <-cycles; live == 0 { // hangs if the hook is not called: the test's own time limit tells
+			t.Error("no live heap after a collection")
+		}
+	}
+}
+
+func TestGOGCOfTheUserStays(t *testing.T) {
+	t.Setenv("GOGC", "37")
+	before := debug.SetGCPercent(37)
+	defer debug.SetGCPercent(before)
+	tuneGC()
+	runtime.GC()
+	runtime.GC()
+	if now := debug.SetGCPercent(37); now != 37 {
+		t.Errorf("GOGC became %d", now)
+	}
+}
+
+func TestConnectionCap(t *testing.T) {
+	for _, c := range []struct {
+		limit uint64
+		want  int // 0: refused
+	}{
+		{1024, 512}, {1_100_000, 1_099_488}, {527, 0}, {0, 0}, {1<<64 - 1, 1<<31 - 1},
+	} {
+		if got, err := connectionCap(c.limit); got != c.want || (err == nil) != (c.want > 0) {
+			t.Errorf("limit %d: got %d, %v; want %d", c.limit, got, err, c.want)
+		}
+	}
+}
+
+// TestDescriptorLimitIsRaised holds the runtime to its word: it raises the soft limit to the hard one.
+func TestDescriptorLimitIsRaised(t *testing.T) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := descriptorLimit(); err != nil || got != limit.Max {
+		t.Errorf("got %d, %v; the hard limit is %d", got, err, limit.Max)
+	}
+}
+
+func TestLogRedactsSecrets(t *testing.T) {
+	for _, format := range []string{"json", "text"} {
+		var out bytes.Buffer
+		log := newLogger(&out, LogConfig{Level: "debug", Format: format})
+		log.Debug("x", "token", "t0p", "user", "alice\x1b[31m", slog.Group("g", slog.String("content", "hush"), slog.String("secret", "s3cr3t")))
+		line := out.String()
+		for _, leak := range []string{"t0p", "hush", "s3cr3t", "\x1b"} {
+			if strings.Contains(line, leak) {
+				t.Errorf("%s: %q in %s", format, leak, line)
+			}
+		}
+		if !strings.Contains(line, "alice") || strings.Count(line, "[redacted]") != 3 {
+			t.Errorf("%s: %s", format, line)
+		}
+	}
+}
+
+func TestLogLevelAndFormat(t *testing.T) {
+	var out bytes.Buffer
+	log := newLogger(&out, LogConfig{Level: "warn", Format: "auto"}) // a buffer is no terminal
+	log.Info("quiet")
+	log.Warn("loud")
+	if line := out.String(); strings.Contains(line, "quiet") || !strings.HasPrefix(line, "{") || !strings.Contains(line, `"msg":"loud"`) {
+		t.Errorf("got %s", line)
+	}
+}
+
+func TestDevelopmentSecretIsMadeOnce(t *testing.T) {
+	c := defaultConfig()
+	c.Data.Dir = filepath.Join(t.TempDir(), "new", "data")
+	if _, err := readSecret(c); err == nil || !strings.Contains(err.Error(), "start `millrace serve` once") {
+		t.Errorf("reading a secret that is not there: %v", err)
+	}
+	made, err := openSecret(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(filepath.Join(c.Data.Dir, "auth.secret"))
+	if err != nil || info.Mode() != fs.FileMode(0o600) {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	for name, read := range map[string]func(Config) ([]byte, error){"open": openSecret, "read": readSecret} {
+		if again, err := read(c); err != nil || !bytes.Equal(again, made) {
+			t.Errorf("%s gives another secret, error %v", name, err)
+		}
+	}
+}
+
+func TestConfiguredSecretIsNeverMade(t *testing.T) {
+	c := defaultConfig()
+	c.Data.Dir = t.TempDir()
+	c.Auth.SecretFile = filepath.Join(t.TempDir(), "missing")
+	if _, err := openSecret(c); err == nil || !strings.Contains(err.Error(), "missing") {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Stat(c.Auth.SecretFile); err == nil {
+		t.Error("a secret was made")
+	}
+	c.Auth.SecretFile = writeFile(t, "short", "short")
+	if _, err := openSecret(c); err == nil {
+		t.Error("a short secret is accepted")
+	}
+}
+
+func TestVersion(t *testing.T) {
+	info := &debug.BuildInfo{GoVersion: "go1.26.8"}
+	if v := versionOf(info); v != (buildVersion{"devel", "unknown", "go1.26.8"}) {
+		t.Errorf("got %+v", v)
+	}
+	info.Main.Version = "v1.2.3"
+	info.Settings = []debug.BuildSetting{{Key: "vcs.revision", Value: "abc"}, {Key: "vcs.modified", Value: "true"}}
+	if v := versionOf(info); v != (buildVersion{"v1.2.3", "abc-dirty", "go1.26.8"}) {
+		t.Errorf("got %+v", v)
+	}
+}

@@ -1,0 +1,295 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// setting is one line of the table below: how a field of Config is called, read, checked, shown and
+// documented.
+type setting struct {
+	section  string
+	key      string
+	expects  string // placeholder in help, and what an error says was expected
+	fallback string // the default, as text
+	usage    string // one sentence, without its period
+	value    func(c *Config) value
+}
+
+// settings is the only place where a setting is named. Flags, environment variables, the file, `config
+// show`, the defaults and README's table all follow from it.
+var settings = []setting{
+	{"edge", "addr", "HOST:PORT", "127.0.0.1:8080", "address of the WebSocket listener; port 0 takes a free one",
+		func(c *Config) value { return (*addressValue)(&c.Edge.Addr) }},
+	{"edge", "origins", "ORIGIN,...", "", "web origins whose pages may connect, besides the server's own",
+		func(c *Config) value { return (*originsValue)(&c.Edge.Origins) }},
+	{"edge", "message-rate", "N", "20", "messages a second that one connection may send; 0 for no limit",
+		func(c *Config) value { return countValue{&c.Edge.MessageRate, 0, maxMessageRate} }},
+	{"edge", "message-burst", "N", "100", "messages that one connection may send at once before the rate applies",
+		func(c *Config) value { return countValue{&c.Edge.MessageBurst, 1, maxMessageBurst} }},
+	{"admin", "addr", "HOST:PORT", "127.0.0.1:8082", "address of /metrics, /livez, /readyz and pprof; keep it private",
+		func(c *Config) value { return (*addressValue)(&c.Admin.Addr) }},
+	{"data", "dir", "DIR", "data", "directory of the database, made if missing; one server at a time",
+		func(c *Config) value { return (*pathValue)(&c.Data.Dir) }},
+	{"data", "min-free", "SIZE", "auto", "disk space to keep free: below it new messages are refused; auto is the larger of 1 GiB and 5 %",
+		func(c *Config) value { return (*sizeValue)(&c.Data.MinFreeBytes) }},
+	{"auth", "secret-file", "FILE", "", "file with the secret of at least 32 bytes that signs tokens; without it one is generated in the data directory",
+		func(c *Config) value { return (*optionalPathValue)(&c.Auth.SecretFile) }},
+	{"log", "level", "LEVEL", "info", "least severe line to log: debug, info, warn or error",
+		func(c *Config) value {
+			return choiceValue{&c.Log.Level, []string{"debug", "info", "warn", "error"}}
+		}},
+	{"log", "format", "FORMAT", "auto", "how lines look: auto (text on a terminal, json elsewhere), json or text",
+		func(c *Config) value { return choiceValue{&c.Log.Format, []string{"auto", "json", "text"}} }},
+}
+
+// name is the setting as a flag without dashes: section-key.
+func (s *setting) name() string { return s.section + "-" + s.key }
+
+// variable is the setting in the environment.
+func (s *setting) variable() string {
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(s.name(), "-", "_"))
+}
+
+// findSetting returns nil when there is none of this name.
+func findSetting(name string) *setting {
+	for i := range settings {
+		if settings[i].name() == name {
+			return &settings[i]
+		}
+	}
+	return nil
+}
+
+// value reads and writes one field of a Config as text.
+type value interface {
+	// set parses, checks and stores; the error says what was expected.
+	set(text string) error
+	text() string
+	// toml is the value as it stands in a file.
+	toml() string
+	// accepts says which TOML types a file may use for it.
+	accepts() []tomlType
+}
+
+type addressValue string
+
+func (v *addressValue) set(text string) error {
+	if err := checkAddr(text); err != nil {
+		return err
+	}
+	*v = addressValue(text)
+	return nil
+}
+func (v *addressValue) text() string        { return string(*v) }
+func (v *addressValue) toml() string        { return tomlString(string(*v)) }
+func (v *addressValue) accepts() []tomlType { return []tomlType{tomlText} }
+
+type pathValue string
+
+func (v *pathValue) set(text string) error {
+	if text == "" {
+		return fmt.Errorf("expected a path")
+	}
+	*v = pathValue(text)
+	return nil
+}
+func (v *pathValue) text() string        { return string(*v) }
+func (v *pathValue) toml() string        { return tomlString(string(*v)) }
+func (v *pathValue) accepts() []tomlType { return []tomlType{tomlText} }
+
+type optionalPathValue string
+
+func (v *optionalPathValue) set(text string) error {
+	*v = optionalPathValue(text)
+	return nil
+}
+func (v *optionalPathValue) text() string        { return string(*v) }
+func (v *optionalPathValue) toml() string        { return tomlString(string(*v)) }
+func (v *optionalPathValue) accepts() []tomlType { return []tomlType{tomlText} }
+
+// originsValue is a list; as text its entries are separated by commas, which no origin contains.
+type originsValue []string
+
+func (v *originsValue) set(text string) error {
+	var list []string
+	for _, origin := range strings.Split(text, ",") {
+		origin = strings.TrimSpace(origin)
+		if origin == "" {
+			continue
+		}
+		if err := checkOrigin(origin); err != nil {
+			return err
+		}
+		list = append(list, strings.ToLower(origin)) // scheme and host are, browsers send them so
+	}
+	*v = list
+	return nil
+}
+func (v *originsValue) text() string { return strings.Join(*v, ",") }
+func (v *originsValue) toml() string {
+	quoted := make([]string, len(*v))
+	for i, origin := range *v {
+		quoted[i] = tomlString(origin)
+	}
+	return "[" + strings.Join(quoted, ", ") + "]"
+}
+func (v *originsValue) accepts() []tomlType { return []tomlType{tomlList} }
+
+type countValue struct {
+	field *int
+	least int
+	most  int
+}
+
+func (v countValue) set(text string) error {
+	n, err := parseCount(text)
+	if err != nil || n < v.least || n > v.most {
+		return fmt.Errorf("%q is not a number from %d to %d", text, v.least, v.most)
+	}
+	*v.field = n
+	return nil
+}
+func (v countValue) text() string      { return strconv.Itoa(*v.field) }
+func (v countValue) toml() string      { return v.text() }
+func (countValue) accepts() []tomlType { return []tomlType{tomlInteger} }
+
+// sizeValue is bytes; 0 is written auto.
+type sizeValue int64
+
+var sizeUnits = []struct {
+	suffix string
+	bytes  int64
+}{
+	{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10},
+	{"TB", 1e12}, {"GB", 1e9}, {"MB", 1e6}, {"kB", 1e3}, {"B", 1},
+}
+
+func (v *sizeValue) set(text string) error {
+	if text == "auto" {
+		*v = 0
+		return nil
+	}
+	n, ok := parseSize(text)
+	if !ok || n < minFreeFloor {
+		return fmt.Errorf("%q is not a size of at least 1MiB: expected a number with a unit (MiB, GiB, TiB, MB, GB, TB), or auto", text)
+	}
+	*v = sizeValue(n)
+	return nil
+}
+
+func (v *sizeValue) text() string {
+	if *v == 0 {
+		return "auto"
+	}
+	for _, u := range sizeUnits[:4] {
+		if int64(*v)%u.bytes == 0 {
+			return strconv.FormatInt(int64(*v)/u.bytes, 10) + u.suffix
+		}
+	}
+	return strconv.FormatInt(int64(*v), 10) + "B"
+}
+func (v *sizeValue) toml() string        { return tomlString(v.text()) }
+func (v *sizeValue) accepts() []tomlType { return []tomlType{tomlText} }
+
+type choiceValue struct {
+	field *string
+	of    []string
+}
+
+func (v choiceValue) set(text string) error {
+	for _, c := range v.of {
+		if text == c {
+			*v.field = text
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is not one of %s%s", text, strings.Join(v.of, ", "), didYouMean(text, v.of))
+}
+func (v choiceValue) text() string      { return *v.field }
+func (v choiceValue) toml() string      { return tomlString(*v.field) }
+func (choiceValue) accepts() []tomlType { return []tomlType{tomlText} }
+
+// parseCount reads a decimal number without sign.
+func parseCount(text string) (int, error) {
+	n, err := strconv.ParseUint(text, 10, 31)
+	return int(n), err
+}
+
+// parseSize reads a number with a unit; without one the unit is the byte.
+func parseSize(text string) (bytes int64, ok bool) {
+	unit := int64(1)
+	for _, u := range sizeUnits {
+		if number, found := strings.CutSuffix(text, u.suffix); found {
+			text, unit = strings.TrimSpace(number), u.bytes
+			break
+		}
+	}
+	n, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(n >= 0) || n*float64(unit) >= 1<<62 {
+		return 0, false
+	}
+	return int64(n * float64(unit)), true
+}
+
+// tomlString quotes text as a TOML basic string.
+func tomlString(text string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, r := range text {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r < 0x20 || r == 0x7f:
+			fmt.Fprintf(&b, `\u%04X`, r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
+}
+
+// didYouMean is a hint to append to an error: the nearest candidates, or nothing when none is near.
+func didYouMean(word string, candidates []string) string {
+	best, names := 3, []string(nil) // three edits apart is another word
+	for _, c := range candidates {
+		d := editDistance(word, c)
+		if strings.HasPrefix(c, word) && len(word) > 1 {
+			d = min(d, 2)
+		}
+		switch {
+		case d < best && d < len(word):
+			best, names = d, []string{c}
+		case d == best && best < 3:
+			names = append(names, c)
+		}
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return ", did you mean " + strings.Join(names, " or ") + "?"
+}
+
+// editDistance is Levenshtein's, over bytes: names are ASCII.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		diagonal := row[0]
+		row[0] = i
+		for j := 1; j <= len(b); j++ {
+			cost := diagonal
+			if a[i-1] != b[j-1] {
+				cost++
+			}
+			diagonal = row[j]
+			row[j] = min(cost, row[j]+1, row[j-1]+1)
+		}
+	}
+	return row[len(b)]
+}
