@@ -159,8 +159,8 @@ func checkAddr(addr string) error {
 // checkOrigin says what is wrong with a web origin. Browsers send scheme, host and port, never a path.
 func checkOrigin(origin string) error {
 	u, err := url.Parse(origin)
-	if err != nil || u.Scheme == "" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-		return fmt.Errorf("%q is not a web origin: expected scheme://host or scheme://host:port, like https://chat.example.com", origin)
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
+		return fmt.Errorf("%q is not a web origin: expected https://host, http://host, or either with :port", origin)
 	}
 	return nil
 }
