@@ -1,0 +1,411 @@
+package embedded
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"millrace/backend"
+	"millrace/protocol"
+)
+
+// builder turns what is pending into one Pebble batch. It belongs to the committer. A batch is merged with what the database
+// holds, and the database already shows every earlier batch; what the batch itself has changed so far is in the overlays.
+type builder struct {
+	last        uint64 // the last position given, ever
+	mailboxRows uint64 // in all mailboxes
+	stateDirty  bool
+
+	lows    []lowWater // per shard
+	trimmed uint64     // the log holds nothing below
+
+	trimmedAt     time.Time
+	sinceTrim     int // records appended
+	sinceFlush    int // range tombstones written
+	day           uint16
+	key, value    []byte // scratch
+	windows       overlay[backend.Window]
+	receipts      overlay[backend.ReceiptRow]
+	rows          overlay[bool] // mailbox rows: there or not
+	counts        overlay[mailboxCount]
+	devices       overlay[userDevices]
+	streams       overlay[uint32]
+	mailboxRowMax uint32
+}
+
+// mailboxCount is how many rows a mailbox has, before and in this batch.
+type mailboxCount struct {
+	user, device string
+	before, now  uint32
+}
+
+type userDevices struct {
+	list  []backend.Device
+	added bool // in this batch
+}
+
+// overlay holds the rows that the batch being built has read or changed, by key.
+type overlay[V any] map[string]*V
+
+// overlayKeep is how many rows a map may have grown to and still be cleared rather than replaced: clearing a
+// map costs its largest size ever.
+const overlayKeep = 8_192
+
+func (o *overlay[V]) reset() {
+	if len(*o) > overlayKeep || *o == nil {
+		*o = make(overlay[V])
+		return
+	}
+	clear(*o)
+}
+
+// row is the overlay's row for a key, read from the database by the first who asks. A missing row is the zero value.
+func row[V any](d *DB, o overlay[V], key []byte, decode func([]byte) (V, error)) (*V, error) {
+	if v, ok := o[string(key)]; ok {
+		return v, nil
+	}
+	v := new(V)
+	_, err := d.view(key, func(value []byte) (err error) {
+		*v, err = decode(value)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	o[string(key)] = v
+	return v, nil
+}
+
+func (s *builder) init(d *DB) {
+	s.mailboxRowMax = uint32(d.cfg.MailboxRows)
+	s.trimmedAt = time.Now()
+	d.count.mailboxRows.Store(s.mailboxRows)
+}
+
+// build fills b.kv, b.answers and the outcomes of b.registers. Its parts stand in the order of the batch.
+func (s *builder) build(d *DB, b *batch) error {
+	s.stateDirty = false
+	s.day = day(d.cfg.Now())
+	s.windows.reset()
+	s.receipts.reset()
+	s.rows.reset()
+	s.counts.reset()
+	s.devices.reset()
+	s.streams.reset()
+
+	s.appendRecords(b)
+	for _, c := range b.commits {
+		if err := s.addCommit(d, b, c); err != nil {
+			return fmt.Errorf("commit: %w", err)
+		}
+	}
+	for i := range b.registers {
+		if err := s.register(d, &b.registers[i]); err != nil {
+			return fmt.Errorf("register: %w", err)
+		}
+	}
+	if err := s.writeOverlays(b); err != nil {
+		return fmt.Errorf("build batch: %w", err)
+	}
+	if err := s.trim(d, b); err != nil {
+		return fmt.Errorf("trim the log: %w", err)
+	}
+	if s.stateDirty {
+		s.value = appendState(s.value[:0], s.last, s.mailboxRows)
+		if err := b.kv.Set(keyState, s.value, nil); err != nil {
+			return fmt.Errorf("write state: %w", err)
+		}
+	}
+	d.count.mailboxRows.Store(s.mailboxRows)
+	return nil
+}
+
+// appendRecords gives each record its position and writes it to the log.
+func (s *builder) appendRecords(b *batch) {
+	for _, r := range b.appends {
+		s.last = protocol.NextPosition(s.last, r.AcceptedMs)
+		r.Position = s.last
+		op := b.kv.SetDeferred(logKeyBytes, recordSize(r))
+		appendLogKey(op.Key[:0], r.Position)
+		appendRecord(op.Value[:0], r)
+		_ = op.Finish() // fails for an indexed batch only
+
+		shard := r.Conversation % uint64(len(s.lows))
+		s.lows[shard].appended(r.Position)
+		b.perShard[shard] = append(b.perShard[shard], r)
+
+		a := protocol.Answer{To: r.From, Seq: r.Seq, ID: r.ID, Position: r.Position, Millis: protocol.PositionMillis(r.Position)}
+		if r.Resend {
+			a.Position = 0 // the first copy's position counts, and it is not known here
+		}
+		b.answers = append(b.answers, a)
+	}
+	s.sinceTrim += len(b.appends)
+	s.stateDirty = s.stateDirty || len(b.appends) > 0
+}
+
+func (s *builder) addCommit(d *DB, b *batch, c *backend.Commit) error {
+	for i := range c.Mailbox {
+		if err := s.putMailbox(d, b, &c.Mailbox[i]); err != nil {
+			return fmt.Errorf("put mailbox row: %w", err)
+		}
+	}
+	for i := range c.Outstanding {
+		o := &c.Outstanding[i]
+		s.key = appendOutstandingKey(s.key[:0], o.Conversation, o.Addressee, o.Position)
+		s.value = appendOutstanding(s.value[:0], &o.Mark)
+		if err := b.kv.Set(s.key, s.value, nil); err != nil {
+			return err
+		}
+	}
+	for i := range c.Receipts {
+		r := &c.Receipts[i]
+		s.key = appendReceiptKey(s.key[:0], &r.ReceiptKey)
+		old, err := row(d, s.receipts, s.key, decodeReceipt)
+		if err != nil {
+			return err
+		}
+		mergeReceipt(old, r)
+	}
+	for _, o := range c.Settled {
+		s.key = appendOutstandingKey(s.key[:0], o.Conversation, o.Addressee, o.Position)
+		if err := b.kv.Delete(s.key, nil); err != nil {
+			return err
+		}
+	}
+	for i := range c.Acknowledged {
+		if err := s.deleteMailbox(d, b, &c.Acknowledged[i]); err != nil {
+			return fmt.Errorf("delete mailbox row: %w", err)
+		}
+	}
+	for i := range c.Windows {
+		w := &c.Windows[i]
+		s.key = appendWindowKey(s.key[:0], &w.WindowKey)
+		old, err := row(d, s.windows, s.key, decodeWindow)
+		if err != nil {
+			return err
+		}
+		old.Merge(&w.Window)
+	}
+	b.finishes = b.finishes || c.LowWater > 0 || len(c.Windows) > 0
+	return nil
+}
+
+// mergeReceipt takes the larger of each mark. ChangedMs belongs to Delivered.
+func mergeReceipt(old, r *backend.ReceiptRow) {
+	switch {
+	case r.Delivered.Position > old.Delivered.Position:
+		old.Delivered, old.ChangedMs = r.Delivered, max(old.ChangedMs, r.ChangedMs)
+	case r.Delivered.Position == old.Delivered.Position:
+		old.ChangedMs = max(old.ChangedMs, r.ChangedMs)
+	}
+	if r.Top.Position > old.Top.Position {
+		old.Top = r.Top
+	}
+}
+
+// putMailbox adds a row unless it is there: counts must stay exact, and the same put may come again after a restart.
+func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
+	var id protocol.MessageID
+	if p.Record != nil {
+		s.value = appendRecord(s.value[:0], p.Record)
+		id = p.Record.ID
+	} else {
+		var logKey [logKeyBytes]byte
+		known := false
+		found, err := d.view(appendLogKey(logKey[:0], p.Position), func(value []byte) error {
+			s.value = append(s.value[:0], value...)
+			id, known = recordID(value)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if !found || !known {
+			return fmt.Errorf("position %d: %w", p.Position, ErrNoRecord)
+		}
+	}
+	s.key = appendMailboxKey(s.key[:0], p.User, p.Device, p.Position, &id)
+	there, err := s.mailboxRow(d)
+	if err != nil || *there {
+		return err
+	}
+	*there = true
+	if err := b.kv.Set(s.key, s.value, nil); err != nil {
+		return err
+	}
+	b.puts = true
+	return s.countMailbox(d, p.User, p.Device, 1)
+}
+
+func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
+	s.key = appendMailboxKey(s.key[:0], k.User, k.Device, k.Position, &k.ID)
+	there, err := s.mailboxRow(d)
+	if err != nil || !*there {
+		return err
+	}
+	*there = false
+	if err := b.kv.Delete(s.key, nil); err != nil {
+		return err
+	}
+	return s.countMailbox(d, k.User, k.Device, -1)
+}
+
+// mailboxRow says whether the mailbox row at s.key is there.
+func (s *builder) mailboxRow(d *DB) (*bool, error) {
+	return row(d, s.rows, s.key, func([]byte) (bool, error) { return true, nil })
+}
+
+func (s *builder) countMailbox(d *DB, user, device string, change int64) error {
+	s.key = appendMailboxName(s.key[:0], rangeCounts, user, device)
+	c, err := row(d, s.counts, s.key, func(value []byte) (mailboxCount, error) {
+		rows, err := decodeCount(value)
+		return mailboxCount{before: rows, now: rows}, err
+	})
+	if err != nil {
+		return err
+	}
+	c.user, c.device = user, device
+	c.now = rowsOf(c.now, change)
+	s.mailboxRows = uint64(int64(s.mailboxRows) + change)
+	s.stateDirty = true
+	return nil
+}
+
+// register draws the next block of a stream and adds its device to the user's, in the overlays.
+func (s *builder) register(d *DB, r *registration) error {
+	s.key = appendDevicesKey(s.key[:0], r.stream.User)
+	devices, err := row(d, s.devices, s.key, func(value []byte) (userDevices, error) {
+		list, err := decodeDevices(value)
+		return userDevices{list: list}, err
+	})
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(devices.list, func(dev backend.Device) bool { return dev.Name == r.stream.Device })
+	if at < 0 && len(devices.list) >= protocol.MaxDevicesPerUser {
+		r.refusal = protocol.Refusal{Code: protocol.CodeTooManyDevices}
+		return nil
+	}
+	s.key = appendStreamKey(s.key[:0], &r.stream)
+	next, err := row(d, s.streams, s.key, decodeStreamRow)
+	if err != nil {
+		return err
+	}
+	if *next > protocol.MaxBlock { // 268 million connections of one installation: it must begin a new stream
+		r.refusal = protocol.Refusal{Code: protocol.CodeBadRequest}
+		return nil
+	}
+	if at < 0 {
+		at = len(devices.list)
+		devices.list = append(devices.list, backend.Device{Name: r.stream.Device, Heir: at == 0})
+		devices.added = true
+	}
+	r.block, r.heir = *next, devices.list[at].Heir
+	*next++
+	return nil
+}
+
+// writeOverlays writes the merged rows. Their order does not matter: the batch is atomic and their keys differ.
+func (s *builder) writeOverlays(b *batch) error {
+	for key, w := range s.windows {
+		if err := s.set(b, key, appendWindow(s.value[:0], w, s.day)); err != nil {
+			return err
+		}
+	}
+	for key, r := range s.receipts {
+		if err := s.set(b, key, appendReceipt(s.value[:0], r)); err != nil {
+			return err
+		}
+	}
+	for key, devices := range s.devices {
+		if !devices.added {
+			continue
+		}
+		if err := s.set(b, key, appendDevices(s.value[:0], devices.list)); err != nil {
+			return err
+		}
+	}
+	for key, next := range s.streams {
+		if err := s.set(b, key, appendStreamRow(s.value[:0], *next, s.day)); err != nil {
+			return err
+		}
+	}
+	for key, c := range s.counts {
+		if err := s.writeCount(b, key, c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *builder) set(b *batch, key string, value []byte) error {
+	s.key, s.value = append(s.key[:0], key...), value
+	return b.kv.Set(s.key, value, nil)
+}
+
+// writeCount writes a mailbox count, and the row that says that it is full, if that changed.
+func (s *builder) writeCount(b *batch, key string, c *mailboxCount) error {
+	if c.now == c.before {
+		return nil
+	}
+	var err error
+	if c.now == 0 {
+		s.key = append(s.key[:0], key...)
+		err = b.kv.Delete(s.key, nil)
+	} else {
+		err = s.set(b, key, appendCount(s.value[:0], c.now))
+	}
+	was, is := c.before >= s.mailboxRowMax, c.now >= s.mailboxRowMax
+	if err != nil || was == is {
+		return err
+	}
+	b.full = append(b.full, fullChange{c.user, c.device, is})
+	s.key = appendMailboxName(s.key[:0], rangeFull, c.user, c.device)
+	if is {
+		return b.kv.Set(s.key, nil, nil)
+	}
+	return b.kv.Delete(s.key, nil)
+}
+
+// trim deletes the log behind the oldest unfinished record. It goes by what is durable: a low water that came with
+// this batch counts for a later one.
+func (s *builder) trim(d *DB, b *batch) error {
+	now := time.Now()
+	due := s.sinceTrim >= trimRecords || now.Sub(s.trimmedAt) >= trimInterval
+	d.mu.Lock()
+	due = due || d.pending.closing
+	if due {
+		d.pending.trimUntil = time.Time{}
+	}
+	d.mu.Unlock()
+	if !due {
+		return nil
+	}
+	until := s.last + 1
+	for i := range s.lows {
+		l := &s.lows[i]
+		l.low = max(l.low, d.shards[i].lowWater.Load())
+		if keep, ok := l.keeps(); ok {
+			until = min(until, keep)
+		}
+	}
+	s.trimmedAt, s.sinceTrim = now, 0
+	if until <= s.trimmed {
+		return nil
+	}
+	s.key = appendLogKey(s.key[:0], s.trimmed)
+	s.value = appendLogKey(s.value[:0], until)
+	if err := b.kv.DeleteRange(s.key, s.value, nil); err != nil {
+		return err
+	}
+	s.trimmed = until
+	d.count.trims.Add(1)
+	if s.sinceFlush++; s.sinceFlush >= trimsPerFlush {
+		s.sinceFlush = 0
+		if _, err := d.kv.AsyncFlush(); err != nil {
+			return fmt.Errorf("flush: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,179 @@
+package embedded
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"math"
+
+	"millrace/backend"
+	"millrace/protocol"
+)
+
+var _ backend.Store = (*DB)(nil)
+
+// Commit takes c into one of the next batches. It never blocks. After Close, or when the store has failed, Done is not called.
+func (d *DB) Commit(c *backend.Commit) {
+	d.mu.Lock()
+	d.pending.addCommit(c)
+	d.wakeLocked()
+	d.mu.Unlock()
+}
+
+// Register takes s into the next batch. done is called from the DB's own goroutine, or inside the call after Close.
+func (d *DB) Register(s backend.Stream, done func(block uint32, heir bool, refusal protocol.Refusal)) {
+	if len(s.User) > protocol.MaxUserBytes || len(s.Device) > protocol.MaxDeviceBytes {
+		done(0, false, protocol.Refusal{Code: protocol.CodeBadRequest})
+		return
+	}
+	d.mu.Lock()
+	if d.pending.stopped {
+		d.mu.Unlock()
+		done(0, false, protocol.Refusal{Code: protocol.CodeShuttingDown, RetryAfterMs: retryClosingMs})
+		return
+	}
+	d.pending.registers = append(d.pending.registers, registration{stream: s, done: done})
+	d.wakeLocked()
+	d.mu.Unlock()
+}
+
+// Devices are the registered devices of a user, in the order in which they registered.
+func (d *DB) Devices(user string) (devices []backend.Device, err error) {
+	var scratch [128]byte
+	_, err = d.view(appendDevicesKey(scratch[:0], user), func(value []byte) (err error) {
+		devices, err = decodeDevices(value)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read devices: %w", err)
+	}
+	return devices, nil
+}
+
+// Window is one duplicate window.
+func (d *DB) Window(k backend.WindowKey) (w backend.Window, err error) {
+	var scratch [320]byte
+	_, err = d.view(appendWindowKey(scratch[:0], &k), func(value []byte) (err error) {
+		w, err = decodeWindow(value)
+		return err
+	})
+	if err != nil {
+		return w, fmt.Errorf("read window: %w", err)
+	}
+	return w, nil
+}
+
+// Receipt is one receipt row.
+func (d *DB) Receipt(k backend.ReceiptKey) (row backend.ReceiptRow, err error) {
+	var scratch [320]byte
+	_, err = d.view(appendReceiptKey(scratch[:0], &k), func(value []byte) (err error) {
+		row, err = decodeReceipt(value)
+		return err
+	})
+	if err != nil {
+		return row, fmt.Errorf("read receipt: %w", err)
+	}
+	row.ReceiptKey = k
+	return row, nil
+}
+
+// FirstOutstanding is the first outstanding row of a pair at a position ≥ from.
+func (d *DB) FirstOutstanding(conversation, addressee string, from uint64) (row backend.OutstandingRow, ok bool, err error) {
+	var lower, upper [320]byte
+	prefix := appendOutstandingPrefix(upper[:0], conversation, addressee)
+	low := binary.BigEndian.AppendUint64(append(lower[:0], prefix...), from)
+	prefix[len(prefix)-1]++ // the zero that ends addressee: see appendAfter
+	err = d.scan(low, prefix, func(_, value []byte) (bool, error) {
+		row.Mark, err = decodeOutstanding(value)
+		ok = err == nil
+		return false, err
+	})
+	if err != nil {
+		return row, false, fmt.Errorf("read outstanding: %w", err)
+	}
+	row.Conversation, row.Addressee = conversation, addressee
+	return row, ok, nil
+}
+
+// MailboxRow is one row of a mailbox.
+func (d *DB) MailboxRow(k backend.MailboxKey) (r *backend.Record, ok bool, err error) {
+	var scratch [160]byte
+	ok, err = d.view(appendMailboxKey(scratch[:0], k.User, k.Device, k.Position, &k.ID), func(value []byte) (err error) {
+		r, err = decodeRecord(value, k.Position)
+		return err
+	})
+	if err != nil {
+		return nil, false, fmt.Errorf("read mailbox row: %w", err)
+	}
+	return r, ok, nil
+}
+
+// MailboxPage is at most limit rows of one mailbox after (position, id).
+func (d *DB) MailboxPage(user, device string, position uint64, id protocol.MessageID, limit int) ([]*backend.Record, error) {
+	if limit <= 0 {
+		return nil, nil
+	}
+	prefix := appendMailboxPrefix(nil, user, device)
+	lower := append(appendMailboxKey(nil, user, device, position, &id), 0) // just after that row
+	var page []*backend.Record
+	err := d.scan(lower, appendAfter(nil, prefix), func(key, value []byte) (bool, error) {
+		if len(key) != len(prefix)+mailboxPlaceBytes {
+			return false, fmt.Errorf("mailbox key: %w", errRow)
+		}
+		r, err := decodeRecord(value, binary.BigEndian.Uint64(key[len(prefix):]))
+		if err != nil {
+			return false, err
+		}
+		page = append(page, r)
+		return len(page) < limit, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read mailbox: %w", err)
+	}
+	return page, nil
+}
+
+// ReceiptsSince calls yield for the receipt rows of a sender that changed at or after since, in no particular order.
+func (d *DB) ReceiptsSince(sender string, since int64, yield func(backend.ReceiptRow) bool) error {
+	prefix := appendReceiptsPrefix(nil, sender)
+	err := d.scan(prefix, appendAfter(nil, prefix), func(key, value []byte) (bool, error) {
+		row, err := decodeReceipt(value)
+		if err != nil {
+			return false, err
+		}
+		if row.ChangedMs < since {
+			return true, nil
+		}
+		addressee, conversation, ok := bytes.Cut(key[len(prefix):], []byte{0})
+		if !ok {
+			return false, fmt.Errorf("receipt key: %w", errRow)
+		}
+		row.ReceiptKey = backend.ReceiptKey{Sender: sender, Conversation: string(conversation), Addressee: string(addressee)}
+		return yield(row), nil
+	})
+	if err != nil {
+		return fmt.Errorf("read receipts: %w", err)
+	}
+	return nil
+}
+
+// fullMailboxes calls yield for every mailbox that is at its limit.
+func (d *DB) fullMailboxes(yield func(user, device string)) error {
+	err := d.scan([]byte{rangeFull}, []byte{rangeFull + 1}, func(key, _ []byte) (bool, error) {
+		user, device, ok := bytes.Cut(key[1:], []byte{0})
+		if !ok {
+			return false, fmt.Errorf("full mailbox key: %w", errRow)
+		}
+		yield(string(user), string(device))
+		return true, nil
+	})
+	if err != nil {
+		return fmt.Errorf("read full mailboxes: %w", err)
+	}
+	return nil
+}
+
+// rowsOf adds to a count of rows and keeps it in its 32 bits: a count that were wrong must not wrap around.
+func rowsOf(rows uint32, change int64) uint32 {
+	return uint32(min(max(int64(rows)+change, 0), math.MaxUint32))
+}
