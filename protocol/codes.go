@@ -112,6 +112,7 @@ const (
 	CloseTooBig        CloseCode = 1009
 	CloseInternal      CloseCode = 1011
 	CloseRestart       CloseCode = 1012 // after go_away: connect again after its delay
+	CloseTryAgain      CloseCode = 1013 // the device could not be registered now: connect again after the error's delay
 
 	CloseTokenExpired CloseCode = 4401 // get a new token, then connect
 	CloseTimeout      CloseCode = 4408 // authentication, a frame or a heartbeat took too long

@@ -80,7 +80,7 @@ type (
 )
 
 var closeCodes = []CloseCode{
-	CloseNormal, CloseGoingAway, CloseProtocolError, CloseUnsupported, CloseInvalidUTF8, CloseTooBig, CloseInternal, CloseRestart,
+	CloseNormal, CloseGoingAway, CloseProtocolError, CloseUnsupported, CloseInvalidUTF8, CloseTooBig, CloseInternal, CloseRestart, CloseTryAgain,
 	CloseTokenExpired, CloseTimeout, CloseSlow, CloseFlooding, CloseBlockUsed,
 	CloseSessionReplaced, CloseUnauthorized, CloseNotConnected, CloseTooManyDevices,
 }
