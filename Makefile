@@ -1,0 +1,58 @@
+# millrace: `make` lists the targets. Everything needs Go only; the race detector also a C compiler.
+
+BINARY      := millrace
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# The race detector needs cgo, which Go turns off by itself where no C compiler is found.
+RACE := $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
+# The version comes from git; a tree that git will not read (an archive, another owner) builds without one.
+VCS  := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
+
+ARGS     ?=
+FUZZTIME ?= 20s
+SEEDS    ?= 20000
+SEED     ?=
+KILLS    ?= 50
+BENCH    ?= .
+
+.DEFAULT_GOAL := help
+.PHONY: help run build test vet lint fuzz sim test-crash bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: build ## build and serve on this machine (ARGS="--edge-addr 127.0.0.1:9000")
+	@exec ./$(BINARY) serve $(ARGS)
+
+build: ## build the static binary ./millrace
+	CGO_ENABLED=0 go build -trimpath $(VCS) -o $(BINARY) .
+
+test: ## every test that needs nothing but Go, with the race detector where a C compiler is found
+	$(if $(RACE),,@echo "no C compiler: testing without the race detector")
+	go test $(RACE) -timeout 10m ./...
+
+vet: ## go vet, with and without the crash points
+	go vet ./...
+	go vet -tags crashpoints ./...
+
+lint: ## staticcheck
+	go run $(STATICCHECK) ./...
+	go run $(STATICCHECK) -tags crashpoints ./...
+
+fuzz: ## each fuzz target for FUZZTIME (20s)
+	@set -e; grep -rn --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file _ target; do \
+		target=$${target#func }; echo "fuzz $$(dirname $$file) $$target"; \
+		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$(dirname $$file)" </dev/null; \
+	done
+
+sim: ## the simulation with SEEDS seeds (20000), or with the one SEED and its transcript
+	go test -run '^TestSimulation$$' -count=1 -timeout 0 . -args $(if $(SEED),-sim.seed=$(SEED),-sim.seeds=$(SEEDS))
+
+test-crash: ## kill the real server KILLS times (50), at random and at each crash point, and check what is left
+	go test -tags crashpoints -run '^TestKill' -count=1 -timeout 60m -v . -args -kills=$(KILLS)
+
+bench: ## the benchmarks (BENCH=regexp)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+clean: ## remove what was built; the data directory stays
+	rm -f $(BINARY) *.test *.out *.prof
