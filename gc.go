@@ -46,7 +46,7 @@ func liveHeap() uint64 {
 // cycleSentinel is unreachable from the moment it is made, so that each collection queues its finalizer.
 type cycleSentinel struct {
 	// A pointer keeps it out of the allocator's batches of tiny objects, which die together.
-	self *cycleSentinel
+	_ *byte
 }
 
 // afterEachGC calls f soon after every collection, one call at a time, on the runtime's finalizer goroutine: f

@@ -272,3 +272,31 @@ func TestNothingOfThisMachineLeaks(t *testing.T) {
 		}
 	}
 }
+
+// TestDocumentLinks: what a document points at is there.
+func TestDocumentLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)#\s]+)[^)]*\)`)
+	found := 0
+	for _, name := range projectFiles(t) {
+		if path.Ext(name) != ".md" {
+			continue
+		}
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range link.FindAllSubmatch(content, -1) {
+			target := string(match[1])
+			if strings.Contains(target, "://") {
+				continue
+			}
+			found++
+			if _, err := os.Stat(path.Join(path.Dir(name), target)); err != nil {
+				t.Errorf("%s links to %s: %v", name, target, err)
+			}
+		}
+	}
+	if found == 0 {
+		t.Error("no document links to another")
+	}
+}

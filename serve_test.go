@@ -60,7 +60,8 @@ func supervised(t *testing.T, s *fakeServer, drive func(signals chan os.Signal))
 			func(*fakeServer) { close(running) },
 			signals, slog.New(slog.NewTextHandler(&lines, nil)))
 		code, took = (&program{err: &lines}).fail(err), time.Since(begun)
-		time.Sleep(time.Hour) // lets a close that was left behind finish
+		time.Sleep(time.Hour) // fake time: lets a close that was left behind finish
+		synctest.Wait()
 		log = lines.String()
 	})
 	return code, took, log
