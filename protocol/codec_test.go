@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"math/rand/v2"
-	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -474,13 +473,4 @@ func fnv1a(s string) uint64 {
 		h = (h ^ uint64(c)) * 0x100000001b3
 	}
 	return h
-}
-
-func readDoc(t *testing.T) string {
-	t.Helper()
-	b, err := os.ReadFile("doc.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
 }

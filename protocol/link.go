@@ -35,7 +35,7 @@ type Submission struct {
 	Device   []byte
 	Epoch    uint64
 	Seq      uint64
-	Resend   bool // the number is below the first of this connection's block
+	Resend   bool // the send may have been made before: no position is answered, and no final refusal for a full mailbox
 	Receiver []byte
 	Content  []byte
 }
@@ -60,6 +60,7 @@ type Answer struct {
 // current one, the session is live and its budgets allow it.
 type Push struct {
 	To      Session
+	Device  string // of the session; the outcome of a push to a connection that is gone names it
 	Message *Message
 }
 

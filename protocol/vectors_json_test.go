@@ -14,6 +14,7 @@ var aboutJSON = []string{
 	"A message has kind and every field of that kind, zero when absent; message_ids and receipts are lists, of one entry here. code_number is the code of the binary encoding, 65535 for an unknown name.",
 	"An error has the code of the error that a server answers and, where the reader knows it, message_id_by_client.",
 	"encode: writing the one message of results gives exactly text. Other ways to write the same JSON are as good; these are what the server writes.",
+	"Bytes that are not UTF-8 are bad_request here; in a connection the WebSocket layer closes with 1007 before it comes to that.",
 	"What a server refuses later, by rules about a user's input, is not here but in values.json, sends.",
 }
 
