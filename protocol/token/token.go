@@ -83,6 +83,9 @@ func (v *Verifier) Verify(token []byte, now time.Time) (Claims, error) {
 	if len(token) > MaxBytes {
 		return Claims{}, invalid("longer than 7 KiB")
 	}
+	if bytes.ContainsAny(token, "\r\n") {
+		return Claims{}, invalid("malformed") // encoding/base64 would pass over them
+	}
 	claims := jwt.MapClaims{}
 	t, err := v.parser.ParseWithClaims(string(token), claims, v.keysFor)
 	if err != nil {
