@@ -260,6 +260,9 @@ func (d *Downlink) resume() Effects {
 func (d *Downlink) Sweep(nowSeconds uint32, buffered int, left bool) (e Effects) {
 	full := d.InFlight() >= protocol.MaxUnacknowledged
 	if full && !d.acked || buffered > 0 && !left {
+		if d.stalledSince == 0 { // no sweep yet: a drain can fill the flight in the first second
+			d.stalledSince = nowSeconds
+		}
 		if nowSeconds-d.stalledSince >= slowSeconds {
 			return CloseSlow
 		}

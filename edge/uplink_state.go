@@ -7,12 +7,13 @@ import (
 )
 
 // Uplink is the pure state of what one connection sends: its open numbers, the refusal that holds a
-// stream back, and the message rate. It decides; the loop that owns it acts. 72 bytes, no pointer.
+// stream back, and the message rate. It decides; the loop that owns it acts. 80 bytes, no pointer.
 //
 // A number is open from its first Offer that was not finally refused until its answer. Open
 // numbers lie within a span of 64, which is what makes the duplicate window exact (DESIGN.md §4).
 type Uplink struct {
-	first  uint64 // of this connection's block; smaller numbers are resends
+	first  uint64 // of this connection's block
+	top    uint64 // the highest number handed over on this connection
 	base   uint64 // bit 0 of handed; the lowest number handed over and not answered
 	handed uint64 // bit i: base+i was handed to the Publisher and is not answered
 	held   uint64 // a retryable refusal left this number open and holds back all above it; 0: none
@@ -43,8 +44,37 @@ const (
 // Start gives the connection its block.
 func (u *Uplink) Start(block uint32) { *u = Uplink{first: protocol.FirstSeq(block)} }
 
+// Resume is Start for a connection whose Uplink was Idle and was not kept: top is what Top said.
+func (u *Uplink) Resume(block, top uint32) {
+	u.Start(block)
+	if top != 0 {
+		u.top = uint64(block)<<protocol.SendBits | uint64(top)
+	}
+}
+
+// Top is the place in the connection's block of the highest number handed over, 0 when there is none.
+func (u *Uplink) Top() uint32 {
+	if u.top < u.first {
+		return 0
+	}
+	return protocol.SeqSend(u.top)
+}
+
+// Idle reports whether the block and Top are all there is to know: nothing is open, the rate is unused, and
+// no flood is being counted. Then the Uplink need not be kept.
+func (u *Uplink) Idle(nowMs int64) bool {
+	return u.handed == 0 && u.held == 0 && u.rate.arrivalMicros <= nowMs*1000 &&
+		(u.floodCount == 0 || uint32(nowMs/1000)-u.floodFrom >= floodSeconds)
+}
+
 // First is the first number of the connection's block.
 func (u *Uplink) First() uint64 { return u.first }
+
+// Resend reports whether a send with this number may have been made before: its number is below the connection's
+// first, or not above one that was handed over already (after outcome_unknown it comes again on the same
+// connection). Then the record being appended may be a duplicate, whose position means nothing, and
+// the number must not be refused for good.
+func (u *Uplink) Resend(seq uint64) bool { return seq < u.first || seq <= u.top }
 
 // Open is how many sends were handed over and not answered.
 func (u *Uplink) Open() int { return bits.OnesCount64(u.handed) }
@@ -109,6 +139,7 @@ func (u *Uplink) Handed(seq uint64) {
 		u.base = seq
 	}
 	u.handed |= 1 << (seq - u.base)
+	u.top = max(u.top, seq)
 }
 
 // Refused records a refusal that the Publisher gave inside the call. A retryable one holds back every
@@ -160,14 +191,19 @@ func (u *Uplink) heldRefusal(nowMs int64) protocol.Refusal {
 // flooding counts one refusal for rate and reports whether the client went on at over ten
 // times the rate for ten seconds: 100 seconds' worth of messages refused within ten.
 func (u *Uplink) flooding(nowMs int64, limit *RateLimit) bool {
-	const windowSeconds, factor = 10, 10
 	now := uint32(nowMs / 1000)
-	if now-u.floodFrom >= windowSeconds {
+	if now-u.floodFrom >= floodSeconds {
 		u.floodFrom, u.floodCount = now, 0
 	}
 	u.floodCount++
-	return float64(u.floodCount) > limit.PerSecond*factor*windowSeconds
+	return float64(u.floodCount) > limit.PerSecond*floodFactor*floodSeconds
 }
+
+// Who goes on sending against rate_limited at over floodFactor times the rate for floodSeconds is closed.
+const (
+	floodSeconds = 10
+	floodFactor  = 10
+)
 
 // RateLimit is how many sends a connection may make. The zero value sets no limit.
 type RateLimit struct {
