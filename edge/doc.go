@@ -1,0 +1,34 @@
+// Package edge terminates client connections: WebSocket on gnet event loops, one goroutine for each loop and none for a
+// connection. It decides what a connection may do and how much of it; whether a message is durable, whom it is for, and
+// what waits in a mailbox is decided behind the four interfaces of edge.go.
+//
+// The files stand in the order in which a message meets them:
+//
+//	server.go            configuration, start and end, and the calls that come from other goroutines
+//	engine.go            gnet, and nothing else knows it
+//	loop.go              bytes arrive; a turn of the loop
+//	upgrade.go origin.go the HTTP request that starts a WebSocket
+//	websocket.go         bytes to messages (RFC 6455)
+//	conn.go              what a connection may do when
+//	uplink.go            sends go to the Publisher, answers come back; uplink_state.go decides
+//	inbox.go             how other goroutines reach a loop
+//	downlink.go          messages and receipts go out, acknowledgements come back; downlink_state.go decides
+//	sweep.go             everything that is due by time
+//	slab.go              where connections live
+//	metrics.go           what is counted
+//
+// # What is bounded, and by what
+//
+//	connections               MaxConnections, exactly, in OnOpen
+//	an upgrade request        maxHeadBytes, maxHeadLines, AuthenticateSeconds
+//	a WebSocket message       protocol.MaxBinaryFrameBytes, MaxJSONFrameBytes, MaxFragments, FrameSeconds
+//	sends not answered        protocol.MaxOpenSpan
+//	messages in flight        protocol.MaxUnacknowledged
+//	outbound bytes            outSoftBytes: messages wait in the mailbox; outHardBytes: closed
+//	receipts that wait        maxWaitingReceipts
+//	pushes to a loop          inboxBytes
+//	time                      every wait has a deadline that a sweep looks at
+//
+// An idle connection owns no heap object: its state is a slot of a slab, its names a block of an arena, and what only an active one
+// needs (an incomplete frame, open sends, messages in flight) is borrowed from pools.
+package edge

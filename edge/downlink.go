@@ -1,0 +1,424 @@
+package edge
+
+import (
+	"github.com/gobwas/ws"
+	"github.com/valyala/bytebufferpool"
+
+	"millrace/protocol"
+)
+
+// This file brings messages and receipts out to connections and acknowledgements back. downlink_state.go decides.
+
+const (
+	outSoftBytes = 64 << 10  // outbound of a connection: beyond it messages wait in the mailbox
+	outHardBytes = 256 << 10 // beyond it the connection is closed
+	// messageBytes is at most what a message takes on the wire besides its content: two user ids, an id, and names of fields.
+	messageBytes = 2*protocol.MaxUserBytes + 192
+	// sealBytes ends a binary WebSocket message that holds many frames. With the largest frame behind it, it is under 64 KiB.
+	sealBytes = 32 << 10
+	// receiptDelayTicks is how long a receipt waits for another frame to the same connection.
+	receiptDelayTicks = 2
+	// maxWaitingReceipts is how many receipts wait for a slow reader. The client asks for the rest when it connects again.
+	maxWaitingReceipts = 4096
+	// settleBatch is how many outcomes are settled at once at most.
+	settleBatch = 1024
+)
+
+var outputs bytebufferpool.Pool
+
+// output is what is queued for one connection within a turn.
+type output struct {
+	conn *conn // nil: it is gone
+	buf  *bytebufferpool.ByteBuffer
+	open int // where the header of an unfinished data message is, or -1
+}
+
+// output returns what is queued for c; the pointer is valid until the next call.
+func (l *loop) output(c *conn) *output {
+	if c.out == 0 {
+		l.dirty = append(l.dirty, output{conn: c, buf: outputs.Get(), open: -1})
+		c.out = uint32(len(l.dirty))
+	}
+	return &l.dirty[c.out-1]
+}
+
+// begin makes room for the header of a data message unless one is open.
+func (o *output) begin() {
+	if o.open < 0 {
+		o.open = len(o.buf.B)
+		o.buf.B = append(o.buf.B, make([]byte, dataHeaderBytes)...)
+	}
+}
+
+// end closes a JSON message, which holds one object, and a long binary one.
+func (o *output) end(text bool) {
+	if text || len(o.buf.B)-o.open >= sealBytes {
+		o.seal(text)
+	}
+}
+
+func (o *output) seal(text bool) {
+	if o.open >= 0 {
+		o.buf.B = sealData(o.buf.B, o.open, text)
+		o.open = -1
+	}
+}
+
+// emit queues a frame for a client.
+func (l *loop) emit(c *conn, f *protocol.Frame) {
+	l.m.framesOut++
+	o := l.output(c)
+	o.begin()
+	if c.text() {
+		o.buf.B = protocol.AppendJSON(o.buf.B, f)
+	} else {
+		o.buf.B = protocol.AppendBinary(o.buf.B, f)
+	}
+	o.end(c.text())
+}
+
+// emitMessage queues a message. Devices of one user get it in one turn, one after the other: it is encoded once for them.
+func (l *loop) emitMessage(c *conn, m *protocol.Message) {
+	e := &l.encoded[0]
+	if c.text() {
+		e = &l.encoded[1]
+	}
+	if e.of != m {
+		e.of = m
+		if c.text() {
+			e.bytes = protocol.AppendJSONMessage(e.bytes[:0], m)
+		} else {
+			e.bytes = protocol.AppendBinaryMessage(e.bytes[:0], m)
+		}
+	}
+	l.m.framesOut++
+	o := l.output(c)
+	o.begin()
+	o.buf.B = append(o.buf.B, e.bytes...)
+	o.end(c.text())
+}
+
+func (l *loop) emitControl(c *conn, op ws.OpCode, payload []byte) {
+	o := l.output(c)
+	o.seal(c.text())
+	o.buf.B = appendControl(o.buf.B, op, payload)
+}
+
+// buffered is how many bytes wait for c in this process.
+func (l *loop) buffered(c *conn) int {
+	n := 0
+	if c.has(flagBacklog) {
+		n = c.sock.OutboundBuffered()
+	}
+	if c.out > 0 {
+		n += len(l.dirty[c.out-1].buf.B)
+	}
+	return n
+}
+
+// room reports whether the outbound budget takes n more bytes.
+func (l *loop) room(c *conn, n int) bool { return l.buffered(c)+n <= outSoftBytes }
+
+// push handles one live message.
+func (l *loop) push(p *protocol.Push) {
+	m := p.Message
+	c := l.slots.find(p.To.Conn)
+	if c == nil || c.state != stateOpen || c.has(flagLeaving) {
+		l.m.drops[dropPushGone]++
+		l.refusedPush(p)
+		return
+	}
+	pending := pendingOf(m)
+	verdict, effects := c.down.Push(p.To.Generation, pending, l.room(c, messageBytes+len(m.Content)))
+	switch verdict {
+	case Write:
+		l.m.pushes++
+		l.pushed = true
+		l.emitMessage(c, m)
+	case Skip:
+		l.m.drops[dropPushTwice]++
+	default:
+		l.m.drops[dropPushRefused]++
+		l.outcome(c, protocol.Refused, &pending)
+	}
+	l.act(c, effects)
+}
+
+func pendingOf(m *protocol.Message) Pending {
+	return Pending{ID: m.ID, Conversation: m.Conversation, Position: m.Position}
+}
+
+// refusedPush tells the owner of a push for which there is no connection.
+func (l *loop) refusedPush(p *protocol.Push) {
+	l.outcomes = append(l.outcomes, protocol.Outcome{
+		Kind:         protocol.Refused,
+		Conversation: p.Message.Conversation,
+		Position:     p.Message.Position,
+		ID:           p.Message.ID,
+		User:         l.copyName(p.Message.Receiver),
+		Device:       l.copyName(p.Device),
+	})
+}
+
+// copyName gives a string as bytes that are valid until the outcomes are settled.
+func (l *loop) copyName(s string) []byte {
+	at := len(l.outcomeNames)
+	l.outcomeNames = append(l.outcomeNames, s...)
+	return l.outcomeNames[at:len(l.outcomeNames):len(l.outcomeNames)]
+}
+
+// notify says that the mailbox of a session was written to.
+func (l *loop) notify(s *protocol.Session) {
+	if c := l.slots.find(s.Conn); c != nil && c.state == stateOpen && !c.has(flagLeaving) {
+		l.m.notices++
+		l.act(c, c.down.Notify())
+	}
+}
+
+// page pushes the rows of a mailbox page.
+func (l *loop) page(p *protocol.Page) {
+	c := l.slots.find(p.To.Conn)
+	if c == nil || c.state != stateOpen || c.has(flagLeaving) {
+		return
+	}
+	if p.Code != protocol.OK {
+		l.m.drops[dropPageFailed]++
+		c.down.PageFailed()
+		return
+	}
+	ok, effects := c.down.BeginPage(p.After)
+	if !ok {
+		l.act(c, effects)
+		return
+	}
+	l.m.pages++
+rows:
+	for i := range p.Rows {
+		m := p.Rows[i].Message
+		pending := pendingOf(m)
+		pending.UserMailbox = p.Rows[i].UserMailbox
+		switch c.down.Row(pending, l.room(c, messageBytes+len(m.Content))) {
+		case Write:
+			l.m.drained++
+			l.pushed = true
+			l.emitMessage(c, m)
+		case StopPage:
+			break rows
+		}
+	}
+	l.act(c, c.down.EndPage(p.Next, p.End))
+}
+
+// act does what a step of the downlink asks for.
+func (l *loop) act(c *conn, e Effects) {
+	if e == 0 || c.state != stateOpen {
+		return
+	}
+	if e&StateChanged != 0 {
+		user, device := l.names.get(c.names)
+		l.server.cfg.Registrar.SetState(user, device, l.session(c), c.down.Live())
+	}
+	if e&ReadPage != 0 && !c.has(flagLeaving) {
+		user, device := l.names.get(c.names)
+		l.server.cfg.Mailbox.ReadPage(protocol.PageRequest{
+			Session: l.session(c),
+			User:    string(user),
+			Device:  string(device),
+			Heir:    c.down.Heir(),
+			After:   c.down.Cursor(),
+			Limit:   c.down.PageLimit(),
+		})
+	}
+	if e&CloseSlow != 0 {
+		l.fail(c, protocol.CodeSlow, protocol.CloseSlow, closeSlow)
+	}
+}
+
+// acknowledge takes messages out of flight and tells their owners.
+func (l *loop) acknowledge(c *conn, f *protocol.Frame) {
+	for _, id := range f.IDs {
+		p, ok, effects := c.down.Acknowledge(id, l.room(c, messageBytes))
+		if !ok {
+			l.m.ignoredAcks++
+			continue
+		}
+		l.m.acks++
+		l.outcome(c, protocol.Acknowledged, &p)
+		l.act(c, effects)
+	}
+}
+
+// outcome notes what became of a push; it is settled when the turn ends.
+func (l *loop) outcome(c *conn, kind protocol.OutcomeKind, p *Pending) {
+	user, device := l.names.get(c.names)
+	l.outcomes = append(l.outcomes, protocol.Outcome{
+		Kind:         kind,
+		UserMailbox:  p.UserMailbox,
+		Conversation: p.Conversation,
+		Position:     p.Position,
+		ID:           p.ID,
+		User:         user,
+		Device:       device,
+	})
+	if len(l.outcomes) >= settleBatch {
+		l.settle()
+	}
+}
+
+func (l *loop) settle() {
+	if len(l.outcomes) > 0 {
+		l.server.cfg.Acknowledger.Settle(l.outcomes)
+		clear(l.outcomes)
+		l.outcomes = l.outcomes[:0]
+		l.outcomeNames = l.outcomeNames[:0]
+	}
+}
+
+// receipt queues a receipt. It waits for company, see receiptDelayTicks.
+func (l *loop) receipt(r *protocol.ReceiptPush) {
+	c := l.slots.find(r.To.Conn)
+	if c == nil || c.state != stateOpen || c.has(flagLeaving) {
+		return
+	}
+	if _, device := l.names.get(c.names); r.Epoch != c.epoch || string(device) != r.Device {
+		r.Seq = 0 // another stream sent it: its number means nothing here
+	}
+	w := l.borrow(c)
+	if len(w.receipts) >= maxWaitingReceipts {
+		l.m.drops[dropReceipts]++
+		return
+	}
+	w.receipts = append(w.receipts, *r)
+	if len(w.receipts) == protocol.MaxReceiptsPerFrame {
+		l.output(c) // a full frame has no reason to wait
+	}
+	l.waitReceipts(c)
+}
+
+// dueReceipts is a connection whose receipts were to wait until due.
+type dueReceipts struct {
+	conn uint64
+	due  uint32
+}
+
+func (l *loop) waitReceipts(c *conn) {
+	if !c.has(flagReceipts) {
+		c.flags |= flagReceipts
+		l.receiptsDue = append(l.receiptsDue, dueReceipts{l.session(c).Conn, l.tick + receiptDelayTicks - 1})
+	}
+}
+
+// flushReceipts sends the receipts that have waited long enough. All wait equally long: the list is in the order of due.
+func (l *loop) flushReceipts() {
+	n := 0
+	for n < len(l.receiptsDue) && l.receiptsDue[n].due <= l.tick {
+		if c := l.slots.find(l.receiptsDue[n].conn); c != nil && c.state == stateOpen && c.has(flagReceipts) {
+			c.flags &^= flagReceipts
+			if c.work != nil && len(c.work.receipts) > 0 {
+				l.output(c)
+			}
+		}
+		n++
+	}
+	l.receiptsDue = append(l.receiptsDue[:0], l.receiptsDue[n:]...)
+}
+
+// emitReceipts adds the receipts that wait for c to what is sent anyway.
+func (l *loop) emitReceipts(c *conn) {
+	w := c.work
+	if w == nil || len(w.receipts) == 0 || c.state != stateOpen {
+		return
+	}
+	sent := 0
+	for sent < len(w.receipts) {
+		batch := w.receipts[sent:min(len(w.receipts), sent+l.receiptsPerFrame(c))]
+		if !l.room(c, len(batch)*messageBytes) {
+			break
+		}
+		l.emitReceiptFrame(c, batch)
+		sent += len(batch)
+	}
+	rest := copy(w.receipts, w.receipts[sent:])
+	clear(w.receipts[rest:])
+	w.receipts = w.receipts[:rest]
+	if rest > 0 {
+		l.waitReceipts(c)
+	}
+}
+
+func (l *loop) receiptsPerFrame(c *conn) int {
+	if c.text() {
+		return 1
+	}
+	return protocol.MaxReceiptsPerFrame
+}
+
+func (l *loop) emitReceiptFrame(c *conn, batch []protocol.ReceiptPush) {
+	f := &l.reply
+	f.Reset()
+	f.Kind = protocol.KindReceipt
+	// Grown first: the receipts point into scratch.
+	l.scratch = append(l.scratch[:0], make([]byte, len(batch)*protocol.MaxUserBytes)...)[:0]
+	for i := range batch {
+		r := &batch[i]
+		at := len(l.scratch)
+		l.scratch = append(l.scratch, r.Receiver...)
+		f.Receipts = append(f.Receipts, protocol.Receipt{
+			ID: r.ID, Position: r.Position, Seq: r.Seq, Timestamp: r.Millis, Receiver: l.scratch[at:],
+		})
+	}
+	l.m.receipts += uint64(len(batch))
+	l.emit(c, f)
+}
+
+// flush writes what was queued in this turn: one write per connection.
+func (l *loop) flush() {
+	for i := 0; i < len(l.dirty); i++ {
+		l.flushOne(&l.dirty[i])
+	}
+	clear(l.dirty)
+	l.dirty = l.dirty[:0]
+}
+
+func (l *loop) flushOne(o *output) {
+	c := o.conn
+	if c != nil {
+		defer l.recoverFrom(l.session(c).Conn)
+		l.emitReceipts(c)
+		o.seal(c.text())
+		c.out = 0
+		o.conn = nil
+		l.write(c, o.buf.B)
+	}
+	putBuffer(&outputs, o.buf)
+}
+
+// write hands bytes to the socket. Afterwards the connection may be gone.
+func (l *loop) write(c *conn, b []byte) {
+	if len(b) == 0 {
+		return
+	}
+	if l.buffered(c)+len(b) > outHardBytes {
+		l.m.drops[dropOutput]++
+		l.endSession(c, closeSlow)
+		l.doom(c)
+		return
+	}
+	l.m.bytesOut += uint64(len(b))
+	l.m.writes++
+	serial := c.serial
+	if _, err := c.sock.Write(b); err != nil || c.serial != serial || c.state == stateFree || c.state == stateGone {
+		return // closed was called inside Write
+	}
+	backlog := c.sock.OutboundBuffered() > 0
+	if c.state == stateClosing && c.has(flagDeaf) && !backlog && !c.has(flagDoomed) {
+		// The peer sees the end and closes. Until then its bytes are read and dropped: closing with unread input
+		// would reset the connection, and the peer might lose what it was told.
+		l.driver.closeWrite(c.sock)
+	}
+	if !backlog && !c.has(flagBacklog) {
+		return
+	}
+	c.flags |= flagBacklog
+	l.borrow(c).written += len(b)
+}
