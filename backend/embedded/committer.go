@@ -161,11 +161,12 @@ type fullChange struct {
 }
 
 func (d *DB) newBatch() *batch {
-	return &batch{
-		// Room for a full batch with its keys, so that neither building nor reuse allocates.
-		kv:       d.kv.NewBatch(pebble.WithInitialSizeBytes(64<<10), pebble.WithMaxRetainedSizeBytes(4*maxBatchBytes)),
-		perShard: make([][]*backend.Record, len(d.shards)),
-	}
+	return &batch{kv: d.newWrite(), perShard: make([][]*backend.Record, len(d.shards))}
+}
+
+// newWrite keeps the room of a full batch with its keys, so that in the long run neither building nor reuse allocates.
+func (d *DB) newWrite() *pebble.Batch {
+	return d.kv.NewBatch(pebble.WithInitialSizeBytes(64<<10), pebble.WithMaxRetainedSizeBytes(4*maxBatchBytes))
 }
 
 // recycle drops every reference before b waits for its next use.
@@ -323,10 +324,10 @@ func (d *DB) sync(b *batch) {
 		return
 	}
 	d.count.lastSync.Store(b.writtenAt.UnixNano())
-	if !d.cfg.skipSyncWait {
-		if err := b.kv.SyncWait(); err != nil {
-			pebbleLogger{d.log, d.cfg.exit}.Fatalf("sync of the log failed: %v", err)
-		}
+	if d.cfg.skipSyncWait {
+		b.kv = d.newWrite() // the other is still being synced
+	} else if err := b.kv.SyncWait(); err != nil {
+		pebbleLogger{d.log, d.cfg.exit}.Fatalf("sync of the log failed: %v", err)
 	}
 	d.count.lastSync.Store(0)
 	d.count.syncNanos.Add(uint64(time.Since(b.writtenAt)))

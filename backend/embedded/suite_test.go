@@ -1,0 +1,30 @@
+package embedded
+
+import (
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"millrace/backend/backendtest"
+)
+
+// storage opens the same directory again and again.
+func storage(fs vfs.FS, dir string) backendtest.Storage {
+	return func(t *testing.T, o backendtest.Options) backendtest.Instance {
+		t.Helper()
+		db, err := Open(Config{Dir: dir, FS: fs, Shards: o.Shards, Now: o.Now, MailboxRows: o.MailboxRows,
+			MaxUnread: o.MaxUnread, RingRecords: o.Buffered, MinFreeBytes: 1})
+		if err != nil {
+			t.Fatalf("open: %v", err)
+		}
+		return db
+	}
+}
+
+func TestSuiteInMemory(t *testing.T) {
+	backendtest.Run(t, func(*testing.T) backendtest.Storage { return storage(vfs.NewMem(), "/data") })
+}
+
+func TestSuiteOnDisk(t *testing.T) {
+	backendtest.Run(t, func(t *testing.T) backendtest.Storage { return storage(nil, t.TempDir()) })
+}
