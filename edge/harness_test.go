@@ -545,3 +545,5 @@ func (b *stubBackend) outcome(t testing.TB, n int) (o outcome) {
 	})
 	return o
 }
+
+func newReader(b []byte) *bufio.Reader { return bufio.NewReader(bytes.NewReader(b)) }

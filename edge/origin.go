@@ -51,7 +51,7 @@ func splitHostPort(s, port string) (host, _ string, ok bool) {
 	if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
 		host, port = host[:i], host[i+1:]
 	}
-	if host == "" || port == "" || strings.ContainsAny(host, "/?#@\\ ") || strings.Trim(port, "0123456789") != "" {
+	if host == "" || port == "" || strings.ContainsAny(host, "/?#@*\\ ") || strings.Trim(port, "0123456789") != "" {
 		return "", "", false
 	}
 	if host[0] != '[' && strings.Contains(host, ":") {
