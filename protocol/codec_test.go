@@ -229,8 +229,8 @@ func TestDamage(t *testing.T) {
 				parse = jsonParser(v.From == "server")
 			}
 			whole := v.bytes(t)
-			if len(whole) > 512 {
-				whole = whole[:512]
+			if len(whole) > 256 {
+				whole = whole[:256]
 			}
 			for n := range len(whole) {
 				got := readAll(t, whole[:n:n], parse)
@@ -250,7 +250,7 @@ func TestDamage(t *testing.T) {
 	}
 }
 
-// TestParserOwnsNothing: what a parser returns stays as it is while the frame is not parsed into again, escapes included.
+// TestArenaDoesNotMove: what escapes stood for stays as it is until the frame is parsed into again.
 func TestArenaDoesNotMove(t *testing.T) {
 	var f Frame
 	for _, n := range []int{1, 10, 1000} {
@@ -404,6 +404,13 @@ func TestAllocations(t *testing.T) {
 	m := Message{ID: testID, Position: testPosition, Sender: "alice", Receiver: "bob", Content: []byte(strings.Repeat("é", 500))}
 	demandNone("append binary message", func() { dst = AppendBinaryMessage(dst[:0], &m) })
 	demandNone("append JSON message", func() { dst = AppendJSONMessage(dst[:0], &m) })
+}
+
+func TestFrameErrorText(t *testing.T) {
+	_, err := ParseJSON([]byte("{"), false, &Frame{})
+	if err.Error() != "bad_request: not a JSON object" || err.Close != 0 {
+		t.Errorf("%v, close %d", err, err.Close)
+	}
 }
 
 func TestReset(t *testing.T) {
