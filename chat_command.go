@@ -67,4 +67,3 @@ func (c *chatCommand) Run(p *program) error {
 	}
 	return nil
 }
-

@@ -60,7 +60,9 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	// The edge and the owners call each other; toEdge is set before either runs.
 	toEdge := &edgeLink{}
 	m.owner, err = backend.NewServer(backend.Config{Queue: m.store, Store: m.store, Locator: m.table, Pusher: toEdge,
-		Answer: toEdge.Answer, Page: toEdge.Page, Identity: identity[:], Logger: log})
+		// Not method values: they would bind the edge that is not there yet.
+		Answer: func(batch []protocol.Answer) { toEdge.Answer(batch) },
+		Page:   func(page protocol.Page) { toEdge.Page(page) }, Identity: identity[:], Logger: log})
 	if err != nil {
 		return nil, err
 	}
