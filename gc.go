@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"sync/atomic"
 )
 
 // gcHeadroomBytes bounds what the collector lets the heap grow over what is alive. Go's default is as
@@ -21,19 +22,25 @@ func gcPercent(live uint64) int {
 	return int(max(1, gcHeadroomBytes*100/live))
 }
 
-// tuneGC keeps GOGC at gcPercent of what each collection found alive, for the rest of the process. A GOGC in the
+// tuneGC keeps GOGC at gcPercent of what each collection found alive until stop is called. A GOGC in the
 // environment is the user's choice and stays.
-func tuneGC() {
+func tuneGC() (stop func()) {
 	if os.Getenv("GOGC") != "" {
-		return
+		return func() {}
 	}
-	current := 100
-	afterEachGC(func() {
+	var stopped atomic.Bool
+	current := -1
+	afterEachGC(func() (again bool) {
+		if stopped.Load() {
+			return false
+		}
 		if percent := gcPercent(liveHeap()); percent != current { // setting it stops the world: only when it changes
 			current = percent
 			debug.SetGCPercent(percent)
 		}
+		return true
 	})
+	return func() { stopped.Store(true) }
 }
 
 // liveHeap is what the last collection marked, in bytes.
@@ -49,12 +56,12 @@ type cycleSentinel struct {
 	_ *byte
 }
 
-// afterEachGC calls f soon after every collection, one call at a time, on the runtime's finalizer goroutine: f
-// must be short. It costs nothing between collections.
-func afterEachGC(f func()) {
-	s := &cycleSentinel{}
-	runtime.SetFinalizer(s, func(*cycleSentinel) {
-		f()
-		afterEachGC(f)
+// afterEachGC calls f soon after every collection until it returns false, one call at a time, on the runtime's
+// finalizer goroutine: f must be short. It costs nothing between collections.
+func afterEachGC(f func() (again bool)) {
+	runtime.SetFinalizer(&cycleSentinel{}, func(*cycleSentinel) {
+		if f() {
+			afterEachGC(f)
+		}
 	})
 }

@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 )
@@ -31,33 +31,65 @@ func TestGCPercent(t *testing.T) {
 }
 
 func TestAfterEachGCFollowsCollections(t *testing.T) {
-	cycles := make(chan uint64, 1)
-	var stopped atomic.Bool
-	t.Cleanup(func() { stopped.Store(true) })
-	afterEachGC(func() {
-		if !stopped.Load() {
-			select {
-			case cycles <- liveHeap():
-			default:
-			}
-		}
+	live := make(chan uint64, 3)
+	calls := 0
+	afterEachGC(func() bool {
+		live <- liveHeap()
+		calls++
+		return calls < cap(live)
 	})
-	for range 3 {
-		runtime.GC()
-		if live := <-cycles; live == 0 { // hangs if the hook is not called: the test's own time limit tells
+	for range cap(live) {
+		if collectUntil(t, live) == 0 {
 			t.Error("no live heap after a collection")
 		}
 	}
 }
 
+// collectUntil collects until a hook has sent something: it is called soon after a collection, not in it.
+func collectUntil[T any](t *testing.T, sent <-chan T) (value T) {
+	t.Helper()
+	for range 1000 {
+		runtime.GC()
+		select {
+		case value = <-sent:
+			return value
+		default:
+		}
+	}
+	t.Fatal("the hook was not called in 1000 collections")
+	return value
+}
+
+// gogc is the setting in force, read without changing it.
+func gogc() int {
+	sample := []metrics.Sample{{Name: "/gc/gogc:percent"}}
+	metrics.Read(sample)
+	return int(sample[0].Value.Uint64())
+}
+
+func TestTuneGCFollowsTheLiveHeap(t *testing.T) {
+	t.Setenv("GOGC", "")
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	defer tuneGC()()
+	held := make([]byte, 4*gcHeadroomBytes)
+	for range 1000 { // as collectUntil
+		runtime.GC()
+		if percent := gogc(); percent <= 25 && percent >= 20 {
+			runtime.KeepAlive(held)
+			return
+		}
+	}
+	t.Errorf("GOGC is %d with %d MiB alive", gogc(), liveHeap()>>20)
+}
+
 func TestGOGCOfTheUserStays(t *testing.T) {
 	t.Setenv("GOGC", "37")
-	before := debug.SetGCPercent(37)
-	defer debug.SetGCPercent(before)
-	tuneGC()
-	runtime.GC()
-	runtime.GC()
-	if now := debug.SetGCPercent(37); now != 37 {
+	defer debug.SetGCPercent(debug.SetGCPercent(37))
+	defer tuneGC()()
+	hooked := make(chan bool, 1)
+	afterEachGC(func() bool { hooked <- true; return false })
+	collectUntil(t, hooked)
+	if now := gogc(); now != 37 {
 		t.Errorf("GOGC became %d", now)
 	}
 }
