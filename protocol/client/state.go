@@ -161,6 +161,9 @@ func (st *state) replay(content []byte) (items []Item, highest uint64, err error
 		}
 		at = next
 	}
+	if at < snapshot {
+		return nil, 0, fmt.Errorf("%w: it ends at byte %d, within its snapshot", ErrStateCorrupt, at)
+	}
 	st.size, st.repaired = at, int64(len(content))-at
 	return r.items(), r.highest, nil
 }
