@@ -140,10 +140,19 @@ func (l *loop) trySettle() {
 // recoverFrom is deferred around everything that handles what a peer sent. A bug costs the connection that met it, not the
 // process with a million others.
 func (l *loop) recoverFrom(conn uint64) {
-	p := recover()
-	if p == nil {
-		return
+	if p := recover(); p != nil {
+		l.panicked(p, conn)
 	}
+}
+
+// recoverServing is recoverFrom for whoever is served when the panic comes.
+func (l *loop) recoverServing() {
+	if p := recover(); p != nil {
+		l.panicked(p, l.serving)
+	}
+}
+
+func (l *loop) panicked(p any, conn uint64) {
 	l.m.panics++
 	if now := time.Now(); now.Sub(l.lastPanicLog) >= time.Second {
 		l.lastPanicLog = now
@@ -412,7 +421,7 @@ type inboxCursor struct {
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
 func (l *loop) tryItems(b *inboxBatch) (done bool) {
-	defer func() { l.recoverFrom(l.serving) }()
+	defer l.recoverServing()
 	k := &l.cursor
 	for ; k.run < len(b.runs); k.run, k.n = k.run+1, 0 {
 		for r := b.runs[k.run]; k.n < int(r.n); {
@@ -475,7 +484,7 @@ func (l *loop) replaced(s *protocol.Session) {
 
 // tryGoAway tells the next drainSlice slots to go away.
 func (l *loop) tryGoAway() {
-	defer func() { l.recoverFrom(l.serving) }()
+	defer l.recoverServing()
 	l.draining = true
 	for n := 0; n < drainSlice && l.drainAt < l.slots.size; n++ {
 		c := l.slots.at(l.drainAt)

@@ -7,7 +7,7 @@ import (
 )
 
 // Uplink is the pure state of what one connection sends: its open numbers, the refusal that holds a
-// stream back, and the message rate. It decides; the loop that owns it acts. 80 bytes, no pointer.
+// stream back, and the message rate. It decides; the loop that owns it acts. 88 bytes, no pointer.
 //
 // A number is open from its first Offer that was not finally refused until its answer. Open
 // numbers lie within a span of 64, which is what makes the duplicate window exact (DESIGN.md §4).
@@ -17,6 +17,7 @@ type Uplink struct {
 	base   uint64 // bit 0 of handed; the lowest number handed over and not answered
 	handed uint64 // bit i: base+i was handed to the Publisher and is not answered
 	held   uint64 // a retryable refusal left this number open and holds back all above it; 0: none
+	behind uint64 // bit i: held+i was refused and has not come again; bit 0 is held itself
 
 	rate       tokenBucket
 	floodCount uint32 // refusals for rate since floodFrom
@@ -89,6 +90,10 @@ func (u *Uplink) Offer(seq uint64, nowMs int64, limit *RateLimit) (v Verdict, re
 		if limit.on() && u.heldCode == protocol.CodeRateLimited && u.flooding(nowMs, limit) {
 			return Flood, protocol.Refusal{}, 0
 		}
+		if seq-u.held >= protocol.MaxOpenSpan {
+			return Refuse, protocol.Refusal{Code: protocol.CodeWindowExceeded}, 0
+		}
+		u.behind |= 1 << (seq - u.held)
 		return Refuse, u.heldRefusal(nowMs), u.held
 	}
 	if u.handed != 0 && seq >= u.base && seq-u.base < 64 && u.handed>>(seq-u.base)&1 == 1 {
@@ -121,16 +126,15 @@ func (u *Uplink) withinSpan(seq uint64) bool {
 		high = max(high, u.base+63-uint64(bits.LeadingZeros64(u.handed)))
 	}
 	if u.held != 0 {
-		low, high = min(low, u.held), max(high, u.held)
+		low = min(low, u.held)
+		high = max(high, u.held+63-uint64(bits.LeadingZeros64(u.behind)))
 	}
 	return high-low < protocol.MaxOpenSpan
 }
 
 // Handed records that the Publisher took the send.
 func (u *Uplink) Handed(seq uint64) {
-	if u.held == seq {
-		u.held = 0
-	}
+	u.release(seq)
 	switch {
 	case u.handed == 0:
 		u.base = seq
@@ -154,11 +158,7 @@ func (u *Uplink) Refused(seq uint64, r protocol.Refusal, nowMs int64) (resendFro
 }
 
 // Ended records that a final refusal ended the number.
-func (u *Uplink) Ended(seq uint64) {
-	if u.held == seq {
-		u.held = 0
-	}
-}
+func (u *Uplink) Ended(seq uint64) { u.release(seq) }
 
 // Answer records the answer to a send that was handed over. ok is false when there was none.
 func (u *Uplink) Answer(seq uint64, r protocol.Refusal, nowMs int64) (resendFrom uint64, ok bool) {
@@ -178,10 +178,37 @@ func (u *Uplink) Answer(seq uint64, r protocol.Refusal, nowMs int64) (resendFrom
 	return 0, true
 }
 
+// hold makes a refused number the one that must come again first, if it is the lowest.
 func (u *Uplink) hold(seq uint64, r protocol.Refusal, nowMs int64) {
-	if u.held == 0 || seq <= u.held {
-		u.held, u.heldCode, u.heldUntil = seq, r.Code, nowMs+int64(r.RetryAfterMs)
+	switch {
+	case u.held == 0:
+		u.held, u.behind = seq, 1
+	case seq < u.held:
+		u.behind = u.behind<<(u.held-seq) | 1
+		u.held = seq
+	default:
+		u.behind |= 1 << (seq - u.held)
+		if seq > u.held {
+			return
+		}
 	}
+	u.heldCode, u.heldUntil = r.Code, nowMs+int64(r.RetryAfterMs)
+}
+
+// release takes a number out of those that were refused. When it was the one held, the next higher refused one takes
+// its place: a send that the client wrote before it had read the refusals must not overtake them.
+func (u *Uplink) release(seq uint64) {
+	if u.held == 0 || seq < u.held || seq-u.held >= 64 {
+		return
+	}
+	u.behind &^= 1 << (seq - u.held)
+	if u.behind == 0 {
+		u.held = 0
+		return
+	}
+	skip := bits.TrailingZeros64(u.behind)
+	u.behind >>= skip
+	u.held += uint64(skip)
 }
 
 func (u *Uplink) heldRefusal(nowMs int64) protocol.Refusal {
