@@ -245,9 +245,6 @@ func (s *simSession) push(p protocol.Push) {
 	case edge.Write:
 		s.write(p.Message)
 	case edge.RefusePush:
-		if s.edge.sim.mut == "a refused push is not reported" {
-			return
-		}
 		s.outcome(protocol.Refused, pendingOf(p.Message, false))
 	}
 }
@@ -280,6 +277,10 @@ func (s *simSession) answer(a protocol.Answer) {
 func (s *simSession) send(seq uint64, to string, content string) {
 	sm := s.edge.sim
 	v, r, resend := s.up.Offer(seq, sm.now, sm.rate())
+	if sm.mut == mutNoSpan {
+		v = edge.Publish
+		s.up.Start(protocol.SeqBlock(s.up.First()))
+	}
 	switch v {
 	case edge.Ignore:
 		return
@@ -407,9 +408,6 @@ func (c *simClient) connect() {
 			first := protocol.FirstSeq(block)
 			conn.down(func(c *simClient) { c.connected(first) })
 			session.effects(session.down.Start(heir))
-			if s.mut == "live before it is drained" {
-				s.table.SetState([]byte(session.user), []byte(session.device), session.ref(), true)
-			}
 			s.after(s.rng.Int64N(20), func() {
 				if !session.open {
 					return
@@ -560,15 +558,18 @@ func (c *simClient) pump() {
 		return
 	}
 	old := false
-	if c.sim.mut != "new numbers before the old have ended" {
+	if c.sim.mut != mutNoSpan {
 		for _, s := range c.disk.open {
 			old = old || s.seq != 0 && s.seq < c.first
 		}
 	}
 	for i := range c.disk.open {
+		if c.sim.mut == mutNoSpan {
+			i = len(c.disk.open) - 1 - i
+		}
 		s := &c.disk.open[i]
 		if s.seq == 0 {
-			if old || !c.within(c.next) {
+			if old || !c.within(c.next) && c.sim.mut != mutNoSpan {
 				return
 			}
 			s.seq = c.next // stored before it is written
@@ -828,6 +829,21 @@ func (t *simTruth) judge() {
 	t.judgeDelivered()
 	t.judgeOrder()
 	t.judgeDrained()
+}
+
+// judgeWaiting is P8 for live sessions: what waits in their mailboxes they have already, and only the
+// acknowledgement was lost in a crash.
+func (t *simTruth) judgeWaiting() {
+	for _, c := range t.sim.clients {
+		if !c.active() || !c.ready || c.conn.session == nil || !c.conn.session.down.Live() {
+			continue
+		}
+		for _, r := range t.sim.store.mailboxes[[2]string{c.disk.user, c.disk.device}] {
+			if _, known := c.disk.shown[r.ID]; !known {
+				t.sim.violate("P8", "%s is live and %s waits in its mailbox", c.name, r.Content)
+			}
+		}
+	}
 }
 
 // judgeDelivered is P2: what was answered is on a screen of each addressed device.
