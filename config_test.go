@@ -192,7 +192,7 @@ func FuzzConfigFile(f *testing.F) {
 }
 
 func TestUnknownVariablesAreWarnedAbout(t *testing.T) {
-	c, err := loadConfig(nil, "", []string{"MILLRACE_EGDE_ADDR=x", "MILLRACE_TOKEN=abc"})
+	c, err := loadConfig(nil, "", []string{"MILLRACE_EGDE_ADDR=x", "MILLRACE_CRASH=x:1"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,6 @@ const envPrefix = "MILLRACE_"
 // otherVariables are read by millrace but are no settings.
 var otherVariables = map[string]string{
 	"MILLRACE_CONFIG": "path of the configuration file, if --config is not given",
-	"MILLRACE_TOKEN":  "token of `millrace chat`, if neither --token nor --token-file is given",
 	"MILLRACE_CRASH":  "crash point of test builds",
 }
 

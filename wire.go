@@ -47,9 +47,10 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 		return nil, fmt.Errorf("auth secret: %w", err)
 	}
 	m = &Millrace{table: router.NewTable(), done: make(chan error, 1)}
+	begun := m // m is nil where an error is returned
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.Close())
+			err = errors.Join(err, begun.Close())
 		}
 	}()
 	m.store, err = embedded.Open(embedded.Config{Dir: cfg.Data.Dir, MinFreeBytes: uint64(cfg.Data.MinFreeBytes), Logger: log})
