@@ -32,6 +32,9 @@ type Config struct {
 	Identity []byte                        // the secret, SecretBytes long
 	Now      func() time.Time
 	Logger   *slog.Logger
+	// NotBeforeMs is a time, ms since 1970, before which no receipt may be dated: at or after every receipt dated
+	// by an earlier process on the same data, whatever the clock did since.
+	NotBeforeMs int64
 	// AcknowledgeAfter is how long a push may stay unacknowledged. Default 10 s.
 	AcknowledgeAfter time.Duration
 }
@@ -57,6 +60,7 @@ func (c *Config) validate() error {
 type Server struct {
 	cfg      Config
 	identity *Identity
+	started  time.Time // with a monotonic reading
 	full     fullMailboxes
 	shards   []*shard
 	pages    pageQueue
@@ -98,7 +102,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, identity: identity, stop: make(chan struct{})}
+	s := &Server{cfg: cfg, identity: identity, started: cfg.Now(), stop: make(chan struct{})}
 	s.pages.init()
 	for n := range cfg.Queue.Shards() {
 		owner, err := NewOwner(OwnerConfig{Shard: n, Reader: cfg.Store, Locator: cfg.Locator,
@@ -242,7 +246,7 @@ func (sh *shard) run() {
 
 // step does one round: outcomes in, records in, actions out. It reports whether there may be more to do at once.
 func (sh *shard) step() (more bool) {
-	now := sh.server.cfg.Now().UnixMilli()
+	now := sh.server.nowMs()
 	committed := sh.swap()
 	for range committed {
 		sh.owner.Committed()
@@ -254,6 +258,12 @@ func (sh *shard) step() (more bool) {
 	sh.act()
 	sh.publish(more)
 	return more
+}
+
+// nowMs is one clock for all shards that never goes back: time-outs must not wait for a wall clock that was
+// set back, and receipts of different shards are compared by their dates.
+func (s *Server) nowMs() int64 {
+	return max(s.started.UnixMilli(), s.cfg.NotBeforeMs) + s.cfg.Now().Sub(s.started).Milliseconds()
 }
 
 func (sh *shard) swap() (committed int) {

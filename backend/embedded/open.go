@@ -287,6 +287,9 @@ func (d *DB) recover() error {
 // Identity is the secret that message ids are derived from: made once, kept with the data, never shown.
 func (d *DB) Identity() [32]byte { return d.identity }
 
+// LastPosition is the last position ever given when the DB was opened. Call it before Start.
+func (d *DB) LastPosition() uint64 { return d.builder.last }
+
 // Start begins the work and must be called exactly once, before the first Append, Commit or Register. The hooks are
 // called from the DB's own goroutines. It wakes the shards that have something to read and reports
 // every full mailbox.
