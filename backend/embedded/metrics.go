@@ -38,8 +38,7 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	emit(p+"registrations_total", "Registrations answered.", true, float64(c.registers.Load()))
 	emit(p+"batches_total", "Batches synced; appends, commits and registrations per batch follow from it.", true, float64(c.batches.Load()))
 	emit(p+"batch_bytes_total", "Bytes of all synced batches.", true, float64(c.bytes.Load()))
-	emit(p+"sync_seconds_sum", "Time from handing a batch to the log until it was durable.", true, float64(c.syncNanos.Load())/1e9)
-	emit(p+"sync_seconds_count", "Batches in the sum.", true, float64(c.batches.Load()))
+	emit(p+"sync_seconds_total", "Time from handing a batch to the log until it was durable, over all batches.", true, float64(c.syncNanos.Load())/1e9)
 	emit(p+"trims_total", "Times the log was trimmed.", true, float64(c.trims.Load()))
 	emit(p+"log_reads_total", "Records read back from the log, after a restart or by a shard that lagged.", true, float64(c.diskReads.Load()))
 

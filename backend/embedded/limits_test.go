@@ -1,0 +1,521 @@
+package embedded
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"millrace/backend"
+	"millrace/protocol"
+)
+
+// gate is a hook for slowFS that holds every sync of the log until it is opened.
+type gate struct {
+	entered chan struct{}
+	open    chan struct{}
+}
+
+func newGate() *gate { return &gate{make(chan struct{}, 1000), make(chan struct{})} }
+
+func (g *gate) wait() error {
+	g.entered <- struct{}{}
+	<-g.open
+	return nil
+}
+
+func smallRecord(n int) *backend.Record {
+	r := &backend.Record{
+		Message: protocol.Message{Conversation: protocol.ConversationHash("alice", "bob"), Sender: "alice", Receiver: "bob", Content: []byte("hello")},
+		Device:  "phone", Epoch: 1, Seq: uint64(n + 1), From: protocol.Session{Conn: uint64(n)},
+	}
+	r.ID[15], r.ID[14] = byte(n), byte(n>>8)
+	return r
+}
+
+// answers collects answers.
+type answers struct {
+	mu      sync.Mutex
+	changed sync.Cond
+	list    []protocol.Answer
+}
+
+func newAnswers() *answers {
+	a := &answers{}
+	a.changed.L = &a.mu
+	return a
+}
+
+func (a *answers) take(batch []protocol.Answer) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.list = append(a.list, batch...)
+	a.changed.Broadcast()
+}
+
+func (a *answers) wait(n int) []protocol.Answer {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for len(a.list) < n {
+		a.changed.Wait()
+	}
+	return slices.Clone(a.list)
+}
+
+// TestWaitingIsBounded stops the disk: P7, sends beyond the limit are refused and nothing else happens; P8, when the disk goes
+// on, they are taken again.
+func TestWaitingIsBounded(t *testing.T) {
+	const limit = 50
+	size := recordMemory(smallRecord(0))
+	for name, cfg := range map[string]Config{
+		"sends": {MaxWaitingSends: limit},
+		"bytes": {MaxWaitingBytes: limit * size},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fs := &slowFS{FS: vfs.NewMem()}
+			cfg.FS, cfg.Shards = fs, 1
+			d := open(t, cfg)
+			g := newGate()
+			fs.onSync(g.wait)
+			a := newAnswers()
+			d.Start(backend.Hooks{Answer: a.take})
+			for n := range limit {
+				if refusal := d.Append(smallRecord(n)); refusal.Code != protocol.OK {
+					t.Fatalf("append %d refused: %v", n, refusal.Code)
+				}
+			}
+			<-g.entered
+			refusal := d.Append(smallRecord(limit))
+			if refusal.Code != protocol.CodeOverloaded || refusal.RetryAfterMs == 0 {
+				t.Fatalf("over the limit: %+v", refusal)
+			}
+			close(g.open)
+			for n, answer := range a.wait(limit) {
+				if answer.To.Conn != uint64(n) || answer.Code != protocol.OK {
+					t.Fatalf("answer %d: %+v", n, answer)
+				}
+			}
+			for d.Append(smallRecord(limit)).Code == protocol.CodeOverloaded {
+				runtime.Gosched() // the answers come a moment before the room
+			}
+			a.wait(limit + 1)
+		})
+	}
+}
+
+// TestBatchesForm checks that what comes during a sync goes into one batch, up to 1 MiB.
+func TestBatchesForm(t *testing.T) {
+	fs := &slowFS{FS: vfs.NewMem()}
+	d := open(t, Config{FS: fs, Shards: 1})
+	g := newGate()
+	fs.onSync(g.wait)
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	const sends = 3000
+	big := make([]byte, 1000)
+	for n := range sends {
+		r := smallRecord(n)
+		r.Content = big
+		if refusal := d.Append(r); refusal.Code != protocol.OK {
+			t.Fatalf("append refused: %v", refusal.Code)
+		}
+		if n == 0 {
+			<-g.entered
+		}
+	}
+	close(g.open)
+	a.wait(sends)
+	d.closeNow(t)
+	// One that was first, at most two that were built while its sync stood, and 3 MiB in batches of 1 MiB.
+	if n := d.count.batches.Load(); n < 4 || n > 7 {
+		t.Errorf("%d sends in %d batches", sends, n)
+	}
+}
+
+// TestCommitsWaitForCompany checks that commits that are not urgent go together, and with the next send.
+func TestCommitsWaitForCompany(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	var done sync.WaitGroup
+	const commits = 20
+	commit := func(n int, urgent bool) {
+		var w backend.Window
+		w.Finish(protocol.FirstSeq(uint32(n)))
+		done.Add(1)
+		d.Commit(&backend.Commit{Urgent: urgent, Done: done.Done,
+			Windows: []backend.WindowRow{{WindowKey: backend.WindowKey{Conversation: "c", Stream: backend.Stream{User: "u"}}, Window: w}}})
+	}
+	for n := range commits {
+		commit(n, false)
+	}
+	if refusal := d.Append(smallRecord(0)); refusal.Code != protocol.OK {
+		t.Fatal(refusal)
+	}
+	done.Wait()
+	commit(commits, true)
+	done.Wait()
+	d.closeNow(t)
+	// All in the batch of the send and one of the urgent commit; the first may have come just as a wait of 100 ms ended.
+	if n := d.count.batches.Load(); n > 4 {
+		t.Errorf("%d commits and a send in %d batches", commits+1, n)
+	}
+}
+
+// TestLagIsBounded checks the refusal by time: 5 s behind, whatever the number.
+func TestLagIsBounded(t *testing.T) {
+	var now atomic.Int64
+	now.Store(1_700_000_000_000)
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1, Now: func() time.Time { return time.UnixMilli(now.Load()) }})
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	send := func(n int, want protocol.Code) {
+		t.Helper()
+		if refusal := d.Append(smallRecord(n)); refusal.Code != want || (want != protocol.OK) != (refusal.RetryAfterMs != 0) {
+			t.Fatalf("append: %+v, want %v", refusal, want)
+		}
+	}
+	send(0, protocol.OK)
+	a.wait(1)
+	now.Add(5000)
+	send(1, protocol.OK)
+	a.wait(2)
+	now.Add(1)
+	send(2, protocol.CodeOverloaded)
+	if records, err := d.Read(0, nil, 1); err != nil || len(records) != 1 {
+		t.Fatal(records, err)
+	}
+	send(2, protocol.OK)
+	a.wait(3)
+}
+
+func TestBadRecordsAreRefused(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem()})
+	d.Start(backend.Hooks{})
+	for i, spoil := range []func(r *backend.Record){
+		func(r *backend.Record) { r.Sender = strings.Repeat("x", protocol.MaxUserBytes+1) },
+		func(r *backend.Record) { r.Receiver = strings.Repeat("x", protocol.MaxUserBytes+1) },
+		func(r *backend.Record) { r.Device = strings.Repeat("x", protocol.MaxDeviceBytes+1) },
+		func(r *backend.Record) { r.Content = make([]byte, protocol.MaxContentBytes+1) },
+		func(r *backend.Record) { r.Seq = protocol.MaxSeq + 1 },
+	} {
+		r := smallRecord(0)
+		spoil(r)
+		if refusal := d.Append(r); refusal != (protocol.Refusal{Code: protocol.CodeBadRequest}) {
+			t.Errorf("record %d: %+v", i, refusal)
+		}
+	}
+	refused := make(chan protocol.Refusal, 1)
+	d.Register(backend.Stream{User: strings.Repeat("x", 65)}, func(_ uint32, _ bool, r protocol.Refusal) { refused <- r })
+	if r := <-refused; r.Code != protocol.CodeBadRequest {
+		t.Errorf("registration: %+v", r)
+	}
+}
+
+// TestLogIsTrimmed checks that a shard without unfinished records does not hold the log, one with some does, and
+// that nothing is trimmed beyond them.
+func TestLogIsTrimmed(t *testing.T) {
+	fs := vfs.NewMem()
+	d := open(t, Config{FS: fs, Shards: 2})
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	pair := func(shard int) (from, to string) { // users whose conversation is of that shard
+		for i := 0; ; i++ {
+			from = fmt.Sprintf("user%d", i)
+			if int(protocol.ConversationHash(from, "bob")%2) == shard {
+				return from, "bob"
+			}
+		}
+	}
+	sent := 0
+	send := func(shard int) {
+		r := smallRecord(sent)
+		r.Sender, r.Receiver = pair(shard)
+		r.Conversation = protocol.ConversationHash(r.Sender, r.Receiver)
+		if refusal := d.Append(r); refusal.Code != protocol.OK {
+			t.Fatal(refusal)
+		}
+		sent++
+		a.wait(sent)
+	}
+	finish := func(shard int, all bool) {
+		t.Helper()
+		records, err := d.Read(shard, nil, 1000)
+		if err != nil || len(records) == 0 {
+			t.Fatal(len(records), err)
+		}
+		low := records[len(records)-1].Position
+		if all {
+			low++
+		}
+		done := make(chan struct{})
+		d.Commit(&backend.Commit{Shard: shard, LowWater: low, Urgent: true, Done: func() { close(done) }})
+		<-done
+	}
+	rows := func() int { // after a restart
+		t.Helper()
+		d.closeNow(t)
+		d = open(t, Config{FS: fs, Shards: 2})
+		d.Start(backend.Hooks{Answer: a.take})
+		return int(d.shards[0].unreadNow.Load() + d.shards[1].unreadNow.Load())
+	}
+	send(0)
+	send(1)
+	finish(1, true) // idle from here on
+	for range 10 {
+		send(0)
+	}
+	finish(0, true)
+	if n := rows(); n != 0 {
+		t.Fatalf("%d records are left of none unfinished", n)
+	}
+	for range 10 {
+		send(0)
+		send(1)
+	}
+	finish(0, true)
+	if n := rows(); n < 10 { // shard 1 has said nothing
+		t.Fatalf("%d records are left, 10 are unfinished", n)
+	}
+	finish(0, true)
+	finish(1, false)
+	if n := rows(); n != 1 {
+		t.Fatalf("%d records are left, 1 is unfinished", n)
+	}
+}
+
+// TestLogIsTrimmedWhenIdle checks that the log is trimmed after the last commit too, when nothing more comes.
+func TestLogIsTrimmedWhenIdle(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	d.Append(smallRecord(0))
+	position := a.wait(1)[0].Position
+	done := make(chan struct{})
+	d.Commit(&backend.Commit{LowWater: position + 1, Done: func() { close(done) }})
+	<-done
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		if _, err := d.Load(0, position); errors.Is(err, ErrNoRecord) {
+			break
+		} else if err != nil || time.Now().After(deadline) {
+			t.Fatalf("the record is still there: %v", err)
+		}
+		time.Sleep(10 * time.Millisecond) // the trim comes within a second
+	}
+	if n := d.count.trims.Load(); n != 1 {
+		t.Errorf("%d trims", n)
+	}
+}
+
+// TestStoreFull moves the free space: sends are refused under the mark, commits are not, and sends resume by themselves.
+func TestStoreFull(t *testing.T) {
+	fs := vfs.NewMem()
+	free := func(bytes uint64) { fs.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: bytes, TotalBytes: 100 << 30}) }
+	free(50 << 30)
+	d := open(t, Config{FS: fs, Shards: 1})
+	if d.space.mark != 5<<30 {
+		t.Fatalf("the mark is %d, want 5 %% of 100 GiB", d.space.mark)
+	}
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	expect := func(want protocol.Code) {
+		t.Helper()
+		d.checkSpace() // what the watch does every second
+		refusal := d.Append(smallRecord(0))
+		if refusal.Code != want || (want == protocol.CodeStoreFull) != (refusal.RetryAfterMs != 0) {
+			t.Fatalf("append: %+v, want %v", refusal, want)
+		}
+		if err := d.Healthy(); (err != nil) != (want != protocol.OK) {
+			t.Fatalf("healthy: %v", err)
+		}
+	}
+	expect(protocol.OK)
+	free(5<<30 - 1)
+	expect(protocol.CodeStoreFull)
+	done := make(chan struct{})
+	d.Commit(&backend.Commit{Urgent: true, Done: func() { close(done) },
+		Outstanding: []backend.OutstandingRow{{Conversation: "c", Addressee: "a", Mark: backend.Mark{Position: 1}}}})
+	<-done
+	free(5<<30 + 1)
+	expect(protocol.CodeStoreFull) // not before 1/16 more
+	free(6 << 30)
+	expect(protocol.OK)
+}
+
+// fullDisk is the real file system with a free space that the test sets.
+type fullDisk struct {
+	vfs.FS
+	avail atomic.Uint64
+}
+
+func (f *fullDisk) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	return vfs.DiskUsage{AvailBytes: f.avail.Load(), TotalBytes: 1 << 40}, nil
+}
+
+func (f *fullDisk) Unwrap() vfs.FS { return f.FS }
+
+func TestBallast(t *testing.T) {
+	const mark = 1 << 20
+	fs := &fullDisk{FS: vfs.Default}
+	fs.avail.Store(1 << 30)
+	dir := t.TempDir()
+	s, err := newSpace(fs, dir, mark, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := func() bool {
+		t.Helper()
+		s.check()
+		_, err := os.Stat(filepath.Join(dir, "ballast"))
+		return err == nil
+	}
+	if !there() && !s.broken {
+		t.Fatal("there is space, and no ballast")
+	}
+	if s.broken {
+		t.Fatal("this file system does not reserve space: the ballast cannot be tested")
+	}
+	for _, step := range []struct {
+		avail uint64
+		want  bool
+	}{{mark / 2, true}, {mark/4 - 1, false}, {mark / 2, false}, {mark, false}, {2 * mark, true}, {0, false}} {
+		fs.avail.Store(step.avail)
+		if there() != step.want {
+			t.Errorf("with %d bytes free the ballast is there: %v", step.avail, !step.want)
+		}
+	}
+	// A new start finds it.
+	fs.avail.Store(2 * mark)
+	s.check()
+	again, err := newSpace(fs, dir, mark, slog.New(slog.DiscardHandler))
+	if err != nil || !again.present {
+		t.Fatalf("the ballast of the last run is not seen: %v", err)
+	}
+	again.release() // as Pebble does when a write finds the disk full
+	if _, err := os.Stat(filepath.Join(dir, "ballast")); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("the ballast is still there: %v", err)
+	}
+}
+
+// TestFailedSyncEndsTheProcess: after a failed fsync nothing is answered, and nobody tries it again.
+func TestFailedSyncEndsTheProcess(t *testing.T) {
+	fs := &slowFS{FS: vfs.NewMem()}
+	ended := make(chan int)
+	d, err := Open(Config{Dir: "/data", FS: fs, Shards: 1, exit: func(code int) {
+		ended <- code
+		select {} // as a process that has ended
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs.onSync(func() error { return errors.New("input/output error") })
+	d.Start(backend.Hooks{Answer: func([]protocol.Answer) { t.Error("answered after a failed sync") }})
+	d.Append(smallRecord(0))
+	if code := <-ended; code == 0 {
+		t.Error("the process ended with code 0")
+	}
+}
+
+// TestCorruptRowStopsTheStore: a row that cannot be read must not be overwritten or passed over. Everything from there on is
+// refused, and Healthy says why.
+func TestCorruptRowStopsTheStore(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
+	key := backend.WindowKey{Conversation: "c", Stream: backend.Stream{User: "u", Device: "d"}}
+	if err := d.kv.Set(appendWindowKey(nil, &key), []byte{99}, pebble.Sync); err != nil {
+		t.Fatal(err)
+	}
+	fs := newAnswers()
+	d.Start(backend.Hooks{Answer: fs.take})
+	if err := d.Healthy(); err != nil {
+		t.Fatal(err)
+	}
+	var w backend.Window
+	w.Finish(1)
+	// The commit and the send may share a batch or not: the send is answered either way, and the store is stopped.
+	d.Commit(&backend.Commit{Urgent: true, Windows: []backend.WindowRow{{WindowKey: key, Window: w}},
+		Done: func() { t.Error("a commit that was not written is done") }})
+	for n := 0; ; n++ {
+		refusal := d.Append(smallRecord(n))
+		if refusal.Code == protocol.CodeInternal && refusal.RetryAfterMs != 0 {
+			list := fs.wait(n)
+			unknown := false
+			for i, a := range list {
+				if a.To.Conn != uint64(i) {
+					t.Fatalf("answer %d is for send %d", i, a.To.Conn)
+				}
+				if unknown = unknown || a.Code == protocol.CodeOutcomeUnknown; unknown != (a.Code == protocol.CodeOutcomeUnknown) {
+					t.Fatalf("answer %d is %v after an unknown outcome", i, a.Code)
+				}
+			}
+			break
+		}
+		if refusal.Code != protocol.OK {
+			t.Fatalf("append: %+v", refusal)
+		}
+	}
+	if err := d.Healthy(); !errors.Is(err, errRow) {
+		t.Fatalf("healthy: %v", err)
+	}
+	refused := make(chan protocol.Refusal, 1)
+	d.Register(backend.Stream{User: "u", Device: "d"}, func(_ uint32, _ bool, r protocol.Refusal) { refused <- r })
+	if r := <-refused; r.Code != protocol.CodeInternal {
+		t.Errorf("registration: %+v", r)
+	}
+}
+
+// TestLargeCommit writes one commit that Pebble treats as too large for its memtable; it must be synced like any other.
+func TestLargeCommit(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	d := open(t, Config{FS: mem, Shards: 1})
+	d.Start(backend.Hooks{})
+	const rows = 12_000 // of 4 000 bytes: 48 MB, over half a memtable
+	content := make([]byte, protocol.MaxContentBytes)
+	c := &backend.Commit{Urgent: true}
+	for n := range rows {
+		r := smallRecord(n)
+		r.Position, r.Content = uint64(n+1), content
+		c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: "bob", Record: r, Position: r.Position})
+	}
+	done := make(chan struct{})
+	c.Done = func() { close(done) }
+	d.Commit(c)
+	<-done
+	crashed := open(t, Config{FS: mem.CrashClone(vfs.CrashCloneCfg{}), Shards: 1})
+	if crashed.count.mailboxRows.Load() != rows {
+		t.Fatalf("%d of %d mailbox rows survived", crashed.count.mailboxRows.Load(), rows)
+	}
+	page, err := crashed.MailboxPage("bob", "", rows-1, protocol.MessageID{}, 5)
+	if err != nil || len(page) != 2 {
+		t.Fatalf("the last page has %d rows, %v", len(page), err)
+	}
+}
+
+// TestAppendAllocatesNothing goes the whole way from Append to the answer and the ring, in a steady state.
+func TestAppendAllocatesNothing(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
+	answered := make(chan struct{}, 1)
+	d.Start(backend.Hooks{Answer: func([]protocol.Answer) { answered <- struct{}{} }})
+	r := smallRecord(0)
+	read := make([]*backend.Record, 0, 1)
+	average := testing.AllocsPerRun(2000, func() {
+		d.Append(r)
+		<-answered
+		read, _ = d.Read(0, read[:0], 1)
+	})
+	// The rest is the in-memory file system's growing files and Pebble's growing memtable.
+	if average >= 1 {
+		t.Errorf("%.2f allocations per append", average)
+	}
+}

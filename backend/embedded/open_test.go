@@ -1,0 +1,200 @@
+package embedded
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"millrace/backend"
+)
+
+// open opens a directory and closes it when the test ends.
+func open(t *testing.T, cfg Config) *DB {
+	t.Helper()
+	if cfg.Dir == "" {
+		cfg.Dir = "/data"
+	}
+	d, err := Open(cfg)
+	if err != nil {
+		t.Fatalf("open: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil && !errors.Is(err, ErrClosed) {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return d
+}
+
+func TestSecondOpenIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, Config{Dir: dir, MinFreeBytes: 1})
+	for _, name := range []string{dir, filepath.Join(dir, "..", filepath.Base(dir))} {
+		_, err := Open(Config{Dir: name, MinFreeBytes: 1})
+		if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), dir) {
+			t.Fatalf("second open: %v, want ErrLocked with the directory", err)
+		}
+	}
+	d.Start(backend.Hooks{})
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open(t, Config{Dir: dir, MinFreeBytes: 1})
+}
+
+// TestHoldDirectory is the other process of TestSecondProcessIsRefused.
+func TestHoldDirectory(t *testing.T) {
+	dir := os.Getenv("EMBEDDED_TEST_HOLD")
+	if dir == "" {
+		return // the ordinary run: there is no other process to play
+	}
+	open(t, Config{Dir: dir, MinFreeBytes: 1})
+	fmt.Println("held")
+	_, _ = bufio.NewReader(os.Stdin).ReadString('\n')
+}
+
+func TestSecondProcessIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	cmd := exec.Command(os.Args[0], "-test.run", "^TestHoldDirectory$")
+	cmd.Env = append(os.Environ(), "EMBEDDED_TEST_HOLD="+dir)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "held\n" {
+		t.Fatalf("the other process said %q, %v", line, err)
+	}
+	_, err = Open(Config{Dir: dir, MinFreeBytes: 1})
+	if !errors.Is(err, ErrLocked) {
+		t.Errorf("open while another process holds the directory: %v", err)
+	}
+	_ = in.Close()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the other process: %v", err)
+	}
+	open(t, Config{Dir: dir, MinFreeBytes: 1})
+}
+
+func TestIdentityIsMadeOnce(t *testing.T) {
+	fs := vfs.NewCrashableMem()
+	d := open(t, Config{FS: fs})
+	identity := d.Identity()
+	if identity == [32]byte{} {
+		t.Fatal("the identity secret is all zero")
+	}
+	crashed := fs.CrashClone(vfs.CrashCloneCfg{})
+	if again := open(t, Config{FS: crashed}); again.Identity() != identity {
+		t.Fatal("the identity secret was not durable when Open returned")
+	}
+	if other := open(t, Config{FS: vfs.NewMem()}); other.Identity() == identity {
+		t.Fatal("two directories have the same identity secret")
+	}
+}
+
+func TestOtherFormatIsRefused(t *testing.T) {
+	for _, c := range []struct{ text, want string }{
+		{"millrace data format 2\n", "format 2"},
+		{"millrace data format 0\n", "does not say"},
+		{"something else", "does not say"},
+		{"", "does not say"},
+	} {
+		fs := vfs.NewMem()
+		open(t, Config{FS: fs}).closeNow(t)
+		f, err := fs.Create("/data/FORMAT", vfs.WriteCategoryUnspecified)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Write([]byte(c.text)); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		_, err = Open(Config{Dir: "/data", FS: fs})
+		if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("FORMAT %q: %v, want ErrFormat with %q", c.text, err, c.want)
+		}
+		// The refusal left no lock behind.
+		if _, err := Open(Config{Dir: "/data", FS: fs}); errors.Is(err, ErrLocked) {
+			t.Errorf("FORMAT %q: %v", c.text, err)
+		}
+	}
+}
+
+func (d *DB) closeNow(t *testing.T) {
+	t.Helper()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestConfigIsChecked(t *testing.T) {
+	for _, cfg := range []Config{{}, {Dir: "x", Shards: -1}, {Dir: "x", Shards: maxShards + 1}, {Dir: "x", MaxUnread: -1}, {Dir: "x", MailboxRows: 1 << 33}} {
+		if _, err := Open(cfg); err == nil {
+			t.Errorf("%+v was taken", cfg)
+		}
+	}
+	cfg := Config{Dir: "x"}
+	if err := cfg.validate(); err != nil {
+		t.Fatal(err)
+	}
+	if cfg.Shards < 1 || cfg.Shards > maxDefaultShards || cfg.MaxWaitingSends != 65_536 || cfg.MaxWaitingBytes != 64<<20 || cfg.MaxUnread != 200_000 || cfg.MailboxRows != 100_000 {
+		t.Errorf("defaults: %+v", cfg)
+	}
+}
+
+func TestReadsAfterCloseFail(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem()})
+	d.Start(backend.Hooks{})
+	d.closeNow(t)
+	if _, err := d.Devices("alice"); !errors.Is(err, ErrClosed) {
+		t.Errorf("Devices: %v", err)
+	}
+	if _, err := d.MailboxPage("alice", "", 0, [16]byte{}, 1); !errors.Is(err, ErrClosed) {
+		t.Errorf("MailboxPage: %v", err)
+	}
+	if err := d.Healthy(); !errors.Is(err, ErrClosed) {
+		t.Errorf("Healthy: %v", err)
+	}
+	if err := d.Close(); !errors.Is(err, ErrClosed) {
+		t.Errorf("second Close: %v", err)
+	}
+	d.Metrics(func(string, string, bool, float64, ...string) {})
+	d.Commit(&backend.Commit{Done: func() { t.Error("a commit after Close is done") }})
+}
+
+func TestMetricsAreWellFormed(t *testing.T) {
+	d := open(t, Config{FS: vfs.NewMem()})
+	d.Start(backend.Hooks{})
+	seen := make(map[string]bool)
+	d.Metrics(func(name, help string, counter bool, _ float64, labels ...string) {
+		if !strings.HasPrefix(name, "millrace_embedded_") || help == "" || len(labels)%2 != 0 {
+			t.Errorf("metric %q, help %q, labels %q", name, help, labels)
+		}
+		if strings.HasSuffix(name, "_total") != counter {
+			t.Errorf("metric %s: counter is %v", name, counter)
+		}
+		key := name + strings.Join(labels, ",")
+		if seen[key] {
+			t.Errorf("metric %s %q comes twice", name, labels)
+		}
+		seen[key] = true
+	})
+	if len(seen) < 20 {
+		t.Errorf("%d metrics", len(seen))
+	}
+}
