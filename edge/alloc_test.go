@@ -118,4 +118,3 @@ func appendClient(dst []byte, text bool) []byte {
 	}
 	return append(append(dst, 0, 0, 0, 0), scratchPayload...)
 }
-
