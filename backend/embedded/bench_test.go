@@ -214,3 +214,148 @@ func BenchmarkBarePebble256(b *testing.B) {
 		b.Fatal(err)
 	}
 }
+
+// BenchmarkRestart400k opens a directory with 400 000 unfinished records and reads them all, as delivery does after a restart.
+// DESIGN.md allows a restart 5 s for it.
+func BenchmarkRestart400k(b *testing.B) {
+	const unfinished = 400_000
+	cfg := Config{Dir: b.TempDir(), Shards: 2, MinFreeBytes: 1 << 20}
+	d, err := Open(cfg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	answered := make(chan int, 1024)
+	d.Start(backend.Hooks{Answer: func(batch []protocol.Answer) { answered <- len(batch) }})
+	waiting := 0
+	for n := range unfinished {
+		if refusal := d.Append(benchRecord(n % 50_000)); refusal.Code != protocol.OK {
+			b.Fatal(refusal)
+		}
+		if waiting++; waiting >= 20_000 || n == unfinished-1 {
+			for waiting > 0 {
+				waiting -= <-answered
+			}
+			readAll(b, d)
+		}
+	}
+	if err := d.Close(); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		d, err := Open(cfg)
+		if err != nil {
+			b.Fatal(err)
+		}
+		d.Start(backend.Hooks{})
+		if n := readAll(b, d); n != unfinished {
+			b.Fatalf("%d records after a restart", n)
+		}
+		if err := d.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func readAll(b *testing.B, d *DB) int {
+	n := 0
+	var records []*backend.Record
+	for shard := range d.Shards() {
+		for {
+			var err error
+			if records, err = d.Read(shard, records[:0], 1024); err != nil {
+				b.Fatal(err)
+			}
+			if len(records) == 0 {
+				break
+			}
+			n += len(records)
+		}
+	}
+	return n
+}
+
+// BenchmarkMailbox is 1 000 puts and 1 000 deletes of mailbox rows in two commits.
+func BenchmarkMailbox(b *testing.B) {
+	d, err := Open(Config{Dir: b.TempDir(), Shards: 1, MinFreeBytes: 1 << 20})
+	if err != nil {
+		b.Fatal(err)
+	}
+	done := make(chan struct{}, 1)
+	d.Start(backend.Hooks{})
+	const rows = 1000
+	position := uint64(0)
+	b.ReportAllocs()
+	for b.Loop() {
+		put, del := &backend.Commit{Urgent: true}, &backend.Commit{Urgent: true}
+		for i := range rows {
+			r := benchRecord(i)
+			position++
+			r.Position = position
+			put.Mailbox = append(put.Mailbox, backend.MailboxPut{User: r.Receiver, Device: "phone", Record: r, Position: position})
+			del.Acknowledged = append(del.Acknowledged, backend.MailboxKey{User: r.Receiver, Device: "phone", Position: position, ID: r.ID})
+		}
+		put.Done = func() { done <- struct{}{} }
+		del.Done = put.Done
+		d.Commit(put)
+		<-done
+		d.Commit(del)
+		<-done
+	}
+	b.ReportMetric(float64(b.N)*rows*2/b.Elapsed().Seconds(), "rows/s")
+	if err := d.Close(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// BenchmarkReads are the point reads that the owner makes for a message.
+func BenchmarkReads(b *testing.B) {
+	d, err := Open(Config{Dir: b.TempDir(), Shards: 1, MinFreeBytes: 1 << 20})
+	if err != nil {
+		b.Fatal(err)
+	}
+	d.Start(backend.Hooks{})
+	var registered sync.WaitGroup
+	const users = 10_000
+	for i := range users {
+		registered.Add(1)
+		d.Register(backend.Stream{User: fmt.Sprintf("user%d", i), Device: "phone", Epoch: 1}, func(uint32, bool, protocol.Refusal) { registered.Done() })
+	}
+	registered.Wait()
+	c := &backend.Commit{Urgent: true, Done: registered.Done}
+	for i := range users {
+		c.Outstanding = append(c.Outstanding, backend.OutstandingRow{Conversation: fmt.Sprintf("a\x00user%d", i), Addressee: "a", Mark: backend.Mark{Position: 1}})
+	}
+	registered.Add(1)
+	d.Commit(c)
+	registered.Wait()
+	if err := d.kv.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	b.Run("devices", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			if devices, err := d.Devices(fmt.Sprintf("user%d", i*7919%users)); err != nil || len(devices) != 1 {
+				b.Fatal(devices, err)
+			}
+		}
+	})
+	b.Run("outstanding/none", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			if _, ok, err := d.FirstOutstanding(fmt.Sprintf("b\x00user%d", i*7919%users), "b", 0); ok || err != nil {
+				b.Fatal(ok, err)
+			}
+		}
+	})
+	b.Run("window/none", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			if _, err := d.Window(backend.WindowKey{Conversation: "b\x00c", Stream: backend.Stream{User: "b", Epoch: uint64(i)}}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	if err := d.Close(); err != nil {
+		b.Fatal(err)
+	}
+}
