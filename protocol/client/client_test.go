@@ -1,0 +1,1252 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gobwas/ws"
+
+	"millrace/protocol"
+)
+
+// bubble runs a test against a fake server under a fake clock. The bubble itself fails when a goroutine outlives it.
+func bubble(t *testing.T, f func(t *testing.T, s *fakeServer)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { f(t, newFakeServer(t)) })
+}
+
+func mustDial(t *testing.T, o Options) *Client {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c, err := Dial(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return c
+}
+
+func mustSend(t *testing.T, c *Client, to, text string) Sent {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	sent, err := c.Send(ctx, to, text)
+	if err != nil {
+		t.Fatalf("send %q: %v", text, err)
+	}
+	return sent
+}
+
+func mustReceive(t *testing.T, c *Client) Message {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	m, err := c.Receive(ctx)
+	if err != nil {
+		t.Fatalf("receive: %v", err)
+	}
+	return m
+}
+
+func mustAcknowledge(t *testing.T, c *Client, messages ...Message) {
+	t.Helper()
+	if err := c.Acknowledge(t.Context(), messages...); err != nil {
+		t.Fatalf("acknowledge: %v", err)
+	}
+}
+
+// nothingMore checks that no message comes within a minute.
+func nothingMore(t *testing.T, c *Client) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if m, err := c.Receive(ctx); err == nil {
+		t.Fatalf("one more message: %q", m.Text)
+	} else if !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+}
+
+// recorder collects events.
+type recorder struct {
+	mu   sync.Mutex
+	list []Event
+}
+
+func (r *recorder) on(e Event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.list = append(r.list, e)
+}
+
+func eventsOf[T Event](r *recorder) (list []T) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, e := range r.list {
+		if x, ok := e.(T); ok {
+			list = append(list, x)
+		}
+	}
+	return list
+}
+
+func TestTwoPeopleTalk(t *testing.T) {
+	for _, encoding := range []Encoding{Binary, JSON} {
+		bubble(t, func(t *testing.T, s *fakeServer) {
+			var events recorder
+			o := s.options("alice")
+			o.OnEvent, o.Encoding = events.on, encoding
+			alice := mustDial(t, o)
+			o = s.options("bob")
+			o.Encoding = encoding
+			bob := mustDial(t, o)
+			text := "hello \x00 \u202e \"world\"\n"
+			sent := mustSend(t, alice, "bob", text)
+			m := mustReceive(t, bob)
+			want := Message{ID: sent.ID, Position: sent.Position, Sender: "alice", Receiver: "bob", Text: text}
+			if m != want || sent.Number != 1 || sent.Position == 0 {
+				t.Fatalf("received %+v, sent %+v", m, sent)
+			}
+			mustAcknowledge(t, bob, m)
+			time.Sleep(AcknowledgeDelay)
+			synctest.Wait()
+			receipts := eventsOf[Delivered](&events)
+			if len(receipts) != 1 || receipts[0].ID != sent.ID || receipts[0].Receiver != "bob" {
+				t.Fatalf("receipts %+v", receipts)
+			}
+			if answered := eventsOf[Answered](&events); len(answered) != 1 || answered[0].Sent != sent || answered[0].Text != text {
+				t.Fatalf("answered %+v", answered)
+			}
+			if up := eventsOf[Connected](&events); len(up) != 1 || up[0] != (Connected{"alice", "default"}) || alice.User() != "alice" || !alice.Connected() {
+				t.Fatalf("connected %+v", up)
+			}
+		})
+	}
+}
+
+// TestP3SendsSurviveCuts cuts connections at random under load, with the client restarted in between: every send is
+// accepted once, in order, and the fake server checks the rules of numbers all the while.
+func TestP3SendsSurviveCuts(t *testing.T) {
+	for seed := range uint64(3) {
+		bubble(t, func(t *testing.T, s *fakeServer) {
+			rng := rand.New(rand.NewPCG(seed, 2))
+			s.onSend = func(c *fakeSession, f *protocol.Frame) bool {
+				s.mu.Lock()
+				n := rng.IntN(60)
+				s.mu.Unlock()
+				switch n {
+				case 0: // cut before it is durable
+					_ = c.nc.Close()
+					c.cut = true
+					return true
+				case 1: // durable, and the answer lost
+					_ = c.nc.SetWriteDeadline(time.Now())
+					c.accept(f)
+					_ = c.nc.Close()
+					c.cut = true
+					return true
+				}
+				return false
+			}
+			o := s.options("alice")
+			o.StatePath = filepath.Join(t.TempDir(), "state")
+			var events recorder
+			o.OnEvent = events.on
+			var want []string
+			for life := range 4 {
+				c := mustDial(t, o)
+				for i := range 100 {
+					text := fmt.Sprintf("%d/%d", life, i)
+					if _, err := c.Queue(t.Context(), "bob", text); err != nil {
+						t.Fatal(err)
+					}
+					want = append(want, text)
+				}
+				if life == 3 {
+					if err := c.Drain(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := c.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := s.texts(); !slices.Equal(got, want) {
+				t.Fatalf("accepted %d of %d: %v", len(got), len(want), got)
+			}
+			seen := map[uint64]bool{}
+			for _, a := range eventsOf[Answered](&events) {
+				if a.Err != nil || seen[a.Sent.Local] {
+					t.Fatalf("answered %+v, again: %v", a, seen[a.Sent.Local])
+				}
+				seen[a.Sent.Local] = true
+			}
+			if len(seen) != len(want) {
+				t.Fatalf("%d of %d sends were reported", len(seen), len(want))
+			}
+		})
+	}
+}
+
+// TestNumberIsStoredBeforeItIsWritten: whoever is killed between the two finds the number when starting again, and
+// the resend has the same bytes, which the fake server checks.
+func TestNumberIsStoredBeforeItIsWritten(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		dir := t.TempDir()
+		path, copied := filepath.Join(dir, "state"), filepath.Join(dir, "copy")
+		s.onSend = func(c *fakeSession, f *protocol.Frame) bool {
+			if c.n > 1 {
+				return false
+			}
+			content, err := os.ReadFile(path)
+			if err == nil {
+				err = os.WriteFile(copied, content, 0o600)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+			return true // no answer
+		}
+		o := s.options("alice")
+		o.StatePath = path
+		c := mustDial(t, o)
+		for i := range 3 {
+			if _, err := c.Queue(t.Context(), "bob", fmt.Sprintf("text %d", i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, items, highest, err := openState(copied, "default", time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, st)
+		if len(items) != 3 || items[0].Seq != 1 || items[2].Seq != 3 || highest != 3 {
+			t.Fatalf("when the server saw the last one, the file held %+v", items)
+		}
+		o.StatePath = copied
+		c = mustDial(t, o)
+		if err := c.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.texts(); !slices.Equal(got, []string{"text 0", "text 1", "text 2"}) {
+			t.Fatalf("accepted %v", got)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.accepted) != 3 {
+			t.Fatalf("%d numbers were used for 3 sends", len(s.accepted))
+		}
+	})
+}
+
+// TestP3ShownOnceAcrossRestarts: what was acknowledged is never received again, even when the server pushes it again.
+func TestP3ShownOnceAcrossRestarts(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("bob")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		bob := mustDial(t, o)
+		first := s.give("alice", "bob", "first")
+		m := mustReceive(t, bob)
+		mustAcknowledge(t, bob, m)
+		s.mu.Lock()
+		before := s.acked[first.ID]
+		s.mailbox["bob"] = []protocol.Message{first} // the acknowledgement gets lost
+		s.mu.Unlock()
+		if err := bob.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s.mu.Lock()
+		s.mailbox["bob"] = []protocol.Message{first}
+		s.mu.Unlock()
+		bob = mustDial(t, o)
+		s.give("alice", "bob", "second")
+		if m := mustReceive(t, bob); m.Text != "second" {
+			t.Fatalf("received %q again", m.Text)
+		}
+		time.Sleep(AcknowledgeDelay)
+		synctest.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.acked[first.ID] <= before {
+			t.Fatal("the repeated push was not acknowledged again")
+		}
+	})
+}
+
+// TestNotAcknowledgedComesAgain: a message that the application had in hand when it died is received again.
+func TestNotAcknowledgedComesAgain(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("bob")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		bob := mustDial(t, o)
+		s.give("alice", "bob", "hi")
+		mustReceive(t, bob)
+		if err := bob.Close(); err != nil {
+			t.Fatal(err)
+		}
+		bob = mustDial(t, o)
+		if m := mustReceive(t, bob); m.Text != "hi" {
+			t.Fatalf("received %q", m.Text)
+		}
+	})
+}
+
+// TestRepeatedPushWhileInHand: a push repeated before the application has acknowledged is not a second message, and
+// the acknowledgement reaches the connection that pushed last.
+func TestRepeatedPushWhileInHand(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		bob := mustDial(t, s.options("bob"))
+		given := s.give("alice", "bob", "hi")
+		m := mustReceive(t, bob)
+		s.dropAll()
+		time.Sleep(time.Second)
+		nothingMore(t, bob)
+		mustAcknowledge(t, bob, m)
+		time.Sleep(AcknowledgeDelay)
+		synctest.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.acked[given.ID] != 1 || len(s.mailbox["bob"]) != 0 {
+			t.Fatalf("acknowledged %d times, %d wait", s.acked[given.ID], len(s.mailbox["bob"]))
+		}
+	})
+}
+
+func TestAcknowledgementsTravelTogether(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		bob := mustDial(t, s.options("bob"))
+		var messages []Message
+		for i := range 10 {
+			s.give("alice", "bob", fmt.Sprint(i))
+			messages = append(messages, mustReceive(t, bob))
+		}
+		acked := func() int { s.mu.Lock(); defer s.mu.Unlock(); return len(s.acked) }
+		for _, m := range messages {
+			mustAcknowledge(t, bob, m)
+		}
+		time.Sleep(AcknowledgeDelay / 2)
+		synctest.Wait()
+		if n := acked(); n != 0 {
+			t.Fatalf("%d acknowledgements left before the delay", n)
+		}
+		mustSend(t, bob, "alice", "company")
+		if n := acked(); n != 10 {
+			t.Fatalf("%d acknowledgements travelled with a send, want 10", n)
+		}
+		messages = messages[:0]
+		for i := range MaxAcknowledgements {
+			s.give("alice", "bob", fmt.Sprint("more ", i))
+			messages = append(messages, mustReceive(t, bob))
+		}
+		mustAcknowledge(t, bob, messages...)
+		synctest.Wait()
+		if n := acked(); n != 10+MaxAcknowledgements {
+			t.Fatalf("%d acknowledgements without waiting, want %d", n, 10+MaxAcknowledgements)
+		}
+	})
+}
+
+func TestRefusals(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		refusals := 0
+		s.onSend = func(c *fakeSession, f *protocol.Frame) bool {
+			s.mu.Lock()
+			refusals++
+			n := refusals
+			s.mu.Unlock()
+			switch {
+			case string(f.Content) == "full":
+				c.refuse(f.Seq, protocol.CodeMailboxFull, 0, 0)
+				return true
+			case n <= 2:
+				c.refuse(f.Seq, protocol.CodeOverloaded, 3000, f.Seq)
+				return true
+			}
+			return false
+		}
+		c := mustDial(t, s.options("alice"))
+		begun := time.Now()
+		sent := mustSend(t, c, "bob", "patience")
+		if waited := time.Since(begun); sent.Number != 1 || waited < 6*time.Second {
+			t.Fatalf("number %d after %v, want 1 after two waits of 3 s", sent.Number, waited)
+		}
+		_, err := c.Send(t.Context(), "bob", "full")
+		var refused *RefusedError
+		if !errors.As(err, &refused) || refused.Code != protocol.CodeMailboxFull || refused.Text != "scripted" {
+			t.Fatalf("a final refusal: %v", err)
+		}
+		mustSend(t, c, "bob", "goes on")
+	})
+}
+
+func TestSendChecksBeforeItQueues(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		c := mustDial(t, s.options("alice"))
+		for _, bad := range []struct {
+			to, text string
+			code     protocol.Code
+		}{
+			{"bo b", "x", protocol.CodeBadReceiver},
+			{"", "x", protocol.CodeBadReceiver},
+			{"bob", "", protocol.CodeEmptyContent},
+			{"bob", strings.Repeat("x", 1001), protocol.CodeContentTooLong},
+			{"bob", "\xff", protocol.CodeBadRequest},
+		} {
+			_, err := c.Send(t.Context(), bad.to, bad.text)
+			var refused *RefusedError
+			if !errors.As(err, &refused) || refused.Code != bad.code {
+				t.Errorf("send to %q of %.10q: %v, want %v", bad.to, bad.text, err, bad.code)
+			}
+		}
+		mustSend(t, c, "bob", strings.Repeat("𝄞", 1000))
+	})
+}
+
+// TestP8OfflineFirst: a client that starts without a server queues, and sends when there is one.
+func TestP8OfflineFirst(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var up atomic.Bool
+		o := s.options("alice")
+		o.Background = true
+		o.MaxOutbox = 3
+		o.NetDial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if !up.Load() {
+				return nil, errors.New("connection refused")
+			}
+			return s.dial(ctx, network, addr)
+		}
+		var events recorder
+		o.OnEvent = events.on
+		c := mustDial(t, o)
+		for i := range 3 {
+			if _, err := c.Queue(t.Context(), "bob", fmt.Sprint(i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := c.Queue(t.Context(), "bob", "one too many"); !errors.Is(err, ErrOutboxFull) {
+			t.Fatalf("over the limit: %v", err)
+		}
+		time.Sleep(time.Minute)
+		unsent, err := c.Unsent(t.Context())
+		if err != nil || len(unsent) != 3 || unsent[0].Number != 0 || unsent[2].Text != "2" {
+			t.Fatalf("unsent %+v, %v", unsent, err)
+		}
+		if down := eventsOf[Disconnected](&events); len(down) < 10 || down[0].Final || !strings.Contains(down[0].Err.Error(), "connection refused") {
+			t.Fatalf("%d disconnections, %+v", len(down), down[0])
+		}
+		up.Store(true)
+		if err := c.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.texts(); !slices.Equal(got, []string{"0", "1", "2"}) {
+			t.Fatalf("accepted %v", got)
+		}
+	})
+}
+
+func TestDialGivesUpWithItsContext(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		refused := errors.New("connection refused")
+		o.NetDial = func(context.Context, string, string) (net.Conn, error) { return nil, refused }
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := Dial(ctx, o); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, refused) {
+			t.Fatalf("dial: %v", err)
+		}
+	})
+}
+
+func TestCloseInterruptsEverything(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.Background = true
+		o.NetDial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		c := mustDial(t, o)
+		results := make(chan error, 2)
+		go func() { _, err := c.Send(t.Context(), "bob", "x"); results <- err }()
+		go func() { _, err := c.Receive(t.Context()); results <- err }()
+		synctest.Wait()
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := <-results; !errors.Is(err, ErrClosed) {
+				t.Fatalf("got %v, want ErrClosed", err)
+			}
+		}
+		if _, err := c.Queue(t.Context(), "bob", "x"); !errors.Is(err, ErrClosed) {
+			t.Fatalf("queue after close: %v", err)
+		}
+	})
+}
+
+// TestSendContext: a send that was never written is taken back; one that was written is not.
+func TestSendContext(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		s.onSend = func(*fakeSession, *protocol.Frame) bool { return true }
+		c := mustDial(t, s.options("alice"))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := c.Send(ctx, "bob", "written"); !errors.Is(err, ErrUndecided) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("written: %v", err)
+		}
+		s.stop() // no server any more
+		s.dropAll()
+		synctest.Wait()
+		ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := c.Send(ctx, "bob", "never written"); errors.Is(err, ErrUndecided) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("never written: %v", err)
+		}
+		unsent, err := c.Unsent(t.Context())
+		if err != nil || len(unsent) != 1 || unsent[0].Text != "written" {
+			t.Fatalf("unsent %+v, %v", unsent, err)
+		}
+	})
+}
+
+func TestGoAwayIsHonoured(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var events recorder
+		o := s.options("alice")
+		o.OnEvent = events.on
+		var connected []time.Time
+		s.onConnect = func(c *fakeSession, n int) bool {
+			s.mu.Lock()
+			connected = append(connected, time.Now())
+			s.mu.Unlock()
+			return false
+		}
+		c := mustDial(t, o)
+		s.mu.Lock()
+		session := s.sessions["alice/default"]
+		s.mu.Unlock()
+		session.write(protocol.Frame{Kind: protocol.KindGoAway, RetryAfterMs: 7000})
+		synctest.Wait()
+		p, err := c.Queue(t.Context(), "bob", "later")
+		if err != nil {
+			t.Fatal(err)
+		}
+		session.closeWith(protocol.CloseRestart, "restart")
+		if sent, err := p.Wait(t.Context()); err != nil || sent.Number != protocol.FirstSeq(1) {
+			t.Fatalf("sent %+v, %v: a number of the connection that was going away", sent, err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(connected) != 2 || connected[1].Sub(connected[0]) < 7*time.Second || connected[1].Sub(connected[0]) > 8*time.Second {
+			t.Fatalf("connected at %v", connected)
+		}
+		if g := eventsOf[GoingAway](&events); len(g) != 1 || g[0].RetryIn != 7*time.Second {
+			t.Fatalf("events %+v", g)
+		}
+	})
+}
+
+// TestFinalEndings: what must not be tried again is not, and says why.
+func TestFinalEndings(t *testing.T) {
+	for name, c := range map[string]struct {
+		script func(s *fakeServer)
+		want   error
+	}{
+		"replaced": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool {
+				c.fail(protocol.CodeSessionReplaced, 0, protocol.CloseSessionReplaced)
+				return true
+			}
+		}, ErrReplaced},
+		"replaced, and the close frame lost": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool {
+				c.write(protocol.Frame{Kind: protocol.KindError, Code: protocol.CodeSessionReplaced})
+				_ = c.nc.Close()
+				return true
+			}
+		}, ErrReplaced},
+		"too many devices": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool {
+				c.fail(protocol.CodeTooManyDevices, 0, protocol.CloseTooManyDevices)
+				return true
+			}
+		}, ErrTooManyDevices},
+		"unauthorized": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool {
+				c.fail(protocol.CodeUnauthorized, 0, protocol.CloseUnauthorized)
+				return true
+			}
+		}, ErrUnauthorized},
+		"HTTP 401": {func(s *fakeServer) {
+			s.onUpgrade = func(int) (int, http.Header) { return http.StatusUnauthorized, nil }
+		}, ErrUnauthorized},
+		"unknown code in the range": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool { c.closeWith(4777, "no"); return true }
+		}, ErrRejected},
+		"another user": {func(s *fakeServer) {
+			s.onConnect = func(c *fakeSession, n int) bool { c.user = "mallory"; return false }
+		}, ErrWrongUser},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, s *fakeServer) {
+				c.script(s)
+				o := s.options("alice")
+				o.User = "alice"
+				var events recorder
+				o.OnEvent = events.on
+				_, err := Dial(t.Context(), o)
+				if !errors.Is(err, c.want) {
+					t.Fatalf("dial: %v, want %v", err, c.want)
+				}
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if s.upgrades != 1 {
+					t.Fatalf("%d attempts, want 1", s.upgrades)
+				}
+				down := eventsOf[Disconnected](&events)
+				if len(down) != 1 || !down[0].Final || !errors.Is(down[0].Err, c.want) {
+					t.Fatalf("events %+v", down)
+				}
+			})
+		})
+	}
+}
+
+// TestReplacedByASecondClient: the older of two clients of one device ends, and only acknowledging still works.
+func TestReplacedByASecondClient(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		older := mustDial(t, s.options("bob"))
+		s.give("alice", "bob", "hi")
+		m := mustReceive(t, older)
+		newer := mustDial(t, s.options("bob"))
+		synctest.Wait()
+		if !errors.Is(older.Err(), ErrReplaced) {
+			t.Fatalf("the older one: %v", older.Err())
+		}
+		if _, err := older.Send(t.Context(), "alice", "x"); !errors.Is(err, ErrReplaced) {
+			t.Fatalf("send: %v", err)
+		}
+		if _, err := older.Receive(t.Context()); !errors.Is(err, ErrReplaced) {
+			t.Fatalf("receive: %v", err)
+		}
+		mustAcknowledge(t, older, m)
+		time.Sleep(time.Hour)
+		if newer.Err() != nil || !newer.Connected() {
+			t.Fatalf("the newer one: %v", newer.Err())
+		}
+	})
+}
+
+func TestTokens(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var keysChanged atomic.Bool
+		s.onConnect = func(c *fakeSession, n int) bool {
+			if !keysChanged.Load() || c.token != "alice:4" {
+				return false
+			}
+			c.fail(protocol.CodeUnauthorized, 0, protocol.CloseUnauthorized)
+			return true
+		}
+		calls := 0
+		o := s.options("alice")
+		o.Token = func(context.Context) (string, error) {
+			calls++
+			if calls == 2 {
+				return "", errors.New("the issuer is down")
+			}
+			return fmt.Sprintf("alice:%d", calls), nil
+		}
+		c := mustDial(t, o)
+		session := func() *fakeSession {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.sessions["alice/default"]
+		}
+		settle := func() { time.Sleep(time.Second); synctest.Wait() }
+		s.dropAll()
+		settle()
+		if calls != 1 || session().token != "alice:1" {
+			t.Fatalf("a reconnect called the source: %d calls", calls)
+		}
+		session().fail(protocol.CodeTokenExpired, 0, protocol.CloseTokenExpired)
+		settle()
+		if calls != 3 || session().token != "alice:3" {
+			t.Fatalf("after 4401: %d calls, want a failed and a good one", calls)
+		}
+		session().write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
+		settle()
+		if calls != 4 || session().token != "alice:4" {
+			t.Fatalf("after renew: %d calls, token %s", calls, session().token)
+		}
+		// A token that was good once and is refused now: keys change. One made for the attempt is the last word.
+		keysChanged.Store(true)
+		s.dropAll()
+		settle()
+		if calls != 5 || !c.Connected() || session().token != "alice:5" {
+			t.Fatalf("after a refused old token: %d calls, %v", calls, c.Err())
+		}
+	})
+}
+
+func TestServiceUnavailable(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		s.onUpgrade = func(n int) (int, http.Header) {
+			if n == 1 {
+				return http.StatusServiceUnavailable, http.Header{"Retry-After": {"40"}}
+			}
+			return 0, nil
+		}
+		begun := time.Now()
+		mustDial(t, s.options("alice"))
+		if waited := time.Since(begun); waited < 40*time.Second || waited > 41*time.Second {
+			t.Fatalf("came back after %v, want 40 s", waited)
+		}
+	})
+}
+
+// TestDeadServer: a server whose machine vanished says nothing, not even goodbye.
+func TestDeadServer(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		s.mute, s.heartbeat = true, 10
+		var events recorder
+		o := s.options("alice")
+		o.OnEvent = events.on
+		mustDial(t, o)
+		time.Sleep(20*time.Second - time.Millisecond)
+		synctest.Wait()
+		if down := eventsOf[Disconnected](&events); len(down) != 0 {
+			t.Fatalf("gave up early: %+v", down)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if down := eventsOf[Disconnected](&events); len(down) != 1 || len(eventsOf[Connected](&events)) != 2 {
+			t.Fatalf("after two heartbeats of silence: %+v", down)
+		}
+	})
+}
+
+func TestPingKeepsAQuietConnection(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		s.heartbeat = 10
+		mustDial(t, s.options("alice"))
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.connects != 1 {
+			t.Fatalf("%d connections in a quiet hour", s.connects)
+		}
+	})
+}
+
+func TestUnansweredOnALivingConnection(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		s.onSend = func(c *fakeSession, f *protocol.Frame) bool { return c.n == 1 }
+		c := mustDial(t, s.options("alice"))
+		begun := time.Now()
+		if sent := mustSend(t, c, "bob", "x"); sent.Number != 1 || sent.Position != 0 {
+			t.Fatalf("sent %+v", sent)
+		}
+		if waited := time.Since(begun); waited < AnswerTimeout || waited > AnswerTimeout+5*time.Second {
+			t.Fatalf("answered after %v", waited)
+		}
+	})
+}
+
+func TestThirtyDays(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.Background = true
+		o.MinBackoff, o.MaxBackoff = 48*time.Hour, 48*time.Hour
+		o.NetDial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no network") }
+		c := mustDial(t, o)
+		begun := time.Now()
+		_, err := c.Send(t.Context(), "bob", "x")
+		if !errors.Is(err, ErrUnanswered) {
+			t.Fatalf("got %v", err)
+		}
+		if days := time.Since(begun).Hours() / 24; days < 30 || days > 30.1 {
+			t.Fatalf("handed back after %.2f days", days)
+		}
+	})
+}
+
+func TestServerRestoredFromBackupGetsANewEpoch(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		c := mustDial(t, o)
+		mustSend(t, c, "bob", "one")
+		mustSend(t, c, "bob", "two")
+		s.mu.Lock()
+		clear(s.blocks) // the backup is older than the client
+		s.mu.Unlock()
+		s.dropAll()
+		time.Sleep(time.Second)
+		if sent := mustSend(t, c, "bob", "three"); sent.Number != 1 {
+			t.Fatalf("sent %+v, want number 1 of a new epoch", sent)
+		}
+		if got := s.texts(); !slices.Equal(got, []string{"one", "two", "three"}) {
+			t.Fatalf("accepted %v", got)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.blocks) != 2 {
+			t.Fatalf("streams %v, want the old and the new", s.blocks)
+		}
+	})
+}
+
+// TestReceiptsAfter: receipts are asked for from where the application has seen them, also by the next process.
+func TestReceiptsAfter(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var asked []int64
+		s.onConnect = func(c *fakeSession, n int) bool { return false }
+		o := s.options("alice")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		o.OnEvent = func(Event) {}
+		after := func() int64 {
+			st, _, _, err := openState(o.StatePath, "default", time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer st.close()
+			return st.receiptsAfter
+		}
+		c := mustDial(t, o)
+		receipt := func(ms int64) {
+			s.mu.Lock()
+			session := s.sessions["alice/default"]
+			s.mu.Unlock()
+			session.write(protocol.Frame{Kind: protocol.KindReceipt, Receipts: []protocol.Receipt{{Timestamp: ms, Position: uint64(ms), Receiver: []byte("bob")}}})
+		}
+		receipt(5000)
+		time.Sleep(receiptsQuiet + time.Second)
+		receipt(9000) // the last of several that have not all come
+		synctest.Wait()
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		asked = append(asked, after())
+		c = mustDial(t, o)
+		receipt(9000)
+		time.Sleep(receiptsQuiet + time.Second)
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		asked = append(asked, after())
+		if !slices.Equal(asked, []int64{5000, 9000}) {
+			t.Fatalf("stored %v", asked)
+		}
+	})
+}
+
+func TestReceiptsOfOneConversationAreMerged(t *testing.T) {
+	block := make(chan struct{})
+	var got recorder
+	q := newEventQueue(func(e Event) { <-block; got.on(e) })
+	q.add(GoingAway{}) // occupies the callback
+	for i := range 3000 {
+		q.add(Delivered{Position: uint64(i + 1), Receiver: fmt.Sprint("user", i%10), At: time.UnixMilli(int64(i))})
+		q.add(Connected{User: "alice"})
+	}
+	if n := len(q.list); n > MaxEvents {
+		t.Fatalf("%d events wait", n)
+	}
+	close(block)
+	q.close()
+	last := map[string]uint64{}
+	for _, d := range eventsOf[Delivered](&got) {
+		last[d.Receiver] = d.Position
+	}
+	if len(last) != 10 || last["user9"] != 3000 || last["user0"] != 2991 {
+		t.Fatalf("last receipts %v", last)
+	}
+}
+
+// TestLostReceiptStopsReceiptsAfter: when receipts had to be dropped, the next connection asks for them again.
+func TestLostReceiptStopsReceiptsAfter(t *testing.T) {
+	block := make(chan struct{})
+	q := newEventQueue(func(Event) { <-block })
+	q.connecting(100)
+	for i := range MaxEvents + 10 {
+		q.add(Delivered{Position: 1, Receiver: fmt.Sprint("user", i), At: time.UnixMilli(int64(1000 + i))})
+	}
+	close(block)
+	q.close()
+	if _, ok := q.settled(); ok {
+		t.Fatal("settled though receipts were lost")
+	}
+	q.connecting(100)
+	if ms, ok := q.settled(); !ok || ms != 100 {
+		t.Fatalf("the next connection asks after %d, %v", ms, ok)
+	}
+}
+
+// TestBrokenServers: whatever a server sends, the client closes or goes on, keeps its memory small, and comes back.
+func TestBrokenServers(t *testing.T) {
+	header := func(h ws.Header) []byte {
+		var b strings.Builder
+		if err := ws.WriteHeader(&b, h); err != nil {
+			t.Fatal(err)
+		}
+		return []byte(b.String())
+	}
+	incoming := protocol.AppendBinary(nil, &protocol.Frame{Kind: protocol.KindIncoming, Sender: []byte("a"), Receiver: []byte("b"), Content: []byte("x"), Position: 1})
+	for name, raw := range map[string][]byte{
+		"reserved opcode":         header(ws.Header{Fin: true, OpCode: 3}),
+		"text on binary":          header(ws.Header{Fin: true, OpCode: ws.OpText}),
+		"masked":                  header(ws.Header{Fin: true, OpCode: ws.OpBinary, Masked: true}),
+		"rsv":                     header(ws.Header{Fin: true, Rsv: 4, OpCode: ws.OpBinary}),
+		"continuation first":      header(ws.Header{Fin: true, OpCode: ws.OpContinuation}),
+		"too long":                header(ws.Header{Fin: true, OpCode: ws.OpBinary, Length: protocol.MaxServerFrameBytes + 1}),
+		"2^62 bytes":              header(ws.Header{Fin: true, OpCode: ws.OpBinary, Length: 1 << 62}),
+		"long ping":               header(ws.Header{Fin: true, OpCode: ws.OpPing, Length: 126}),
+		"fragmented ping":         header(ws.Header{OpCode: ws.OpPing}),
+		"too many fragments":      append(header(ws.Header{OpCode: ws.OpBinary}), repeat(header(ws.Header{OpCode: ws.OpContinuation}), protocol.MaxFragments)...),
+		"fragments too long":      append(append(header(ws.Header{OpCode: ws.OpBinary, Length: protocol.MaxServerFrameBytes}), make([]byte, protocol.MaxServerFrameBytes)...), header(ws.Header{OpCode: ws.OpContinuation, Length: 1})...),
+		"a frame in two messages": append(header(ws.Header{Fin: true, OpCode: ws.OpBinary, Length: 1}), byte(protocol.KindIncoming)),
+		"before connected":        append(header(ws.Header{Fin: true, OpCode: ws.OpBinary, Length: int64(len(incoming))}), incoming...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, s *fakeServer) {
+				s.onConnect = func(c *fakeSession, n int) bool {
+					if n > 1 {
+						return false
+					}
+					_, _ = c.nc.Write(raw) // the client may close before it has read everything
+					return true
+				}
+				var events recorder
+				o := s.options("alice")
+				o.OnEvent = events.on
+				c := mustDial(t, o)
+				mustSend(t, c, "bob", "still works")
+				down := eventsOf[Disconnected](&events)
+				if len(down) != 1 || !strings.Contains(down[0].Err.Error(), "broke the protocol") {
+					t.Fatalf("events %+v", down)
+				}
+			})
+		})
+	}
+}
+
+func repeat(b []byte, n int) (out []byte) {
+	for range n {
+		out = append(out, b...)
+	}
+	return out
+}
+
+// TestUnknownFramesAreSkipped: a later server may say more.
+func TestUnknownFramesAreSkipped(t *testing.T) {
+	for encoding, raw := range map[Encoding]string{Binary: "\x8f\x03abc\x7f\x01z", JSON: `{"type":"weather","sun":true}`} {
+		bubble(t, func(t *testing.T, s *fakeServer) {
+			o := s.options("bob")
+			o.Encoding = encoding
+			bob := mustDial(t, o)
+			s.mu.Lock()
+			session := s.sessions["bob/default"]
+			s.mu.Unlock()
+			session.frame(encoding.opcode(), []byte(raw))
+			s.give("alice", "bob", "hi")
+			if m := mustReceive(t, bob); m.Text != "hi" {
+				t.Fatalf("received %q", m.Text)
+			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if s.connects != 1 {
+				t.Fatalf("%d connections", s.connects)
+			}
+		})
+	}
+}
+
+func TestEndlessHandshake(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.Background = true
+		var events recorder
+		o.OnEvent = events.on
+		var written atomic.Int64
+		o.NetDial = func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() {
+				defer far.Close()
+				_, _ = far.Read(make([]byte, 4096))
+				_, _ = far.Write([]byte("HTTP/1.1 101 Switching Protocols\r\nX: "))
+				for {
+					n, err := far.Write(make([]byte, 1024))
+					written.Add(int64(n))
+					if err != nil {
+						return
+					}
+				}
+			}()
+			return near, nil
+		}
+		o.MinBackoff, o.MaxBackoff = time.Hour, time.Hour
+		c := mustDial(t, o)
+		synctest.Wait()
+		if down := eventsOf[Disconnected](&events); len(down) != 1 || !errors.Is(down[0].Err, errHandshakeTooLong) {
+			t.Fatalf("events %+v", down)
+		}
+		if n := written.Load(); n > maxHandshakeBytes+4096 {
+			t.Fatalf("%d bytes of a header were read", n)
+		}
+		_ = c
+	})
+}
+
+// TestPingFlood: a server that asks for pongs and does not read them does not fill the client's memory.
+func TestPingFlood(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var events recorder
+		o := s.options("alice")
+		o.OnEvent = events.on
+		flooded := make(chan struct{})
+		s.onConnect = func(c *fakeSession, n int) bool {
+			if n == 1 {
+				defer close(flooded)
+				for {
+					c.wmu.Lock()
+					err := ws.WriteFrame(c.nc, ws.NewPingFrame(make([]byte, 125)))
+					c.wmu.Unlock()
+					if err != nil {
+						return true
+					}
+				}
+			}
+			return false
+		}
+		c := mustDial(t, o)
+		<-flooded
+		mustSend(t, c, "bob", "still works")
+		if down := eventsOf[Disconnected](&events); len(down) != 1 || !errors.Is(down[0].Err, errServerStuck) {
+			t.Fatalf("events %+v", down)
+		}
+	})
+}
+
+// TestInboxOverflow: pushes that find no room are asked for again when there is some.
+func TestInboxOverflow(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		bob := mustDial(t, s.options("bob"))
+		const n = MaxPending + 50
+		for i := range n {
+			s.give("alice", "bob", fmt.Sprint(i))
+		}
+		got := map[string]int{}
+		for range n {
+			m := mustReceive(t, bob)
+			got[m.Text]++
+			mustAcknowledge(t, bob, m)
+		}
+		if len(got) != n {
+			t.Fatalf("%d different messages, want %d", len(got), n)
+		}
+		nothingMore(t, bob)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.mailbox["bob"]) != 0 || s.connects != 2 {
+			t.Fatalf("%d wait, %d connections", len(s.mailbox["bob"]), s.connects)
+		}
+	})
+}
+
+// TestDiskFailureEndsTheClient: a number that could not be stored is not written.
+func TestDiskFailureEndsTheClient(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		c, err := Dial(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustSend(t, c, "bob", "good")
+		err = c.do(t.Context(), func(r *runner, reply func(error)) {
+			r.state.file = &failingFile{stateFile: r.state.file, failSync: true}
+			reply(nil)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Send(t.Context(), "bob", "lost"); !errors.Is(err, errDisk) {
+			t.Fatalf("send: %v", err)
+		}
+		synctest.Wait()
+		if !errors.Is(c.Err(), errDisk) || !slices.Equal(s.texts(), []string{"good"}) {
+			t.Fatalf("client: %v, accepted %v", c.Err(), s.texts())
+		}
+		if err := c.Close(); !errors.Is(err, errDisk) {
+			t.Fatalf("close: %v", err)
+		}
+	})
+}
+
+func TestOptions(t *testing.T) {
+	token := StaticToken("alice")
+	for _, o := range []Options{
+		{}, {URL: "ws://x"}, {URL: "http://x", Token: token}, {URL: "ws://", Token: token}, {URL: "ws://x\x7f", Token: token},
+		{URL: "ws://x", Token: token, Device: "a b"}, {URL: "ws://x", Token: token, User: "a/b"},
+		{URL: "ws://x", Token: token, MaxOutbox: -1}, {URL: "ws://x", Token: token, MaxOutbox: LimitMaxOutbox + 1},
+		{URL: "ws://x", Token: token, Encoding: 7}, {URL: "ws://x", Token: token, MinBackoff: -1},
+	} {
+		if c, err := Dial(t.Context(), o); err == nil {
+			t.Errorf("%+v was accepted", o)
+			_ = c.Close()
+		}
+	}
+}
+
+func TestStateOfAnotherUser(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("alice")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		c := mustDial(t, o)
+		if _, err := Dial(t.Context(), o); !errors.Is(err, ErrStateLocked) {
+			t.Fatalf("a second client on the state: %v", err)
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		o.Token = StaticToken("bob")
+		if _, err := Dial(t.Context(), o); !errors.Is(err, ErrWrongUser) {
+			t.Fatalf("bob with alice's state: %v", err)
+		}
+		o.User = "bob"
+		if _, err := Dial(t.Context(), o); !errors.Is(err, ErrStateMismatch) {
+			t.Fatalf("bob, who says so, with alice's state: %v", err)
+		}
+	})
+}
+
+func TestBackoffBounds(t *testing.T) {
+	b := backoff{min: time.Second, max: 30 * time.Second}
+	for n := range 100 {
+		ceiling := min(time.Second<<min(n, 10), 30*time.Second)
+		if d := b.next(5 * time.Second); d < 5*time.Second || d > 5*time.Second+ceiling {
+			t.Fatalf("wait %d is %v", n, d)
+		}
+	}
+	if d := b.next(100 * time.Hour); d > MaxServerDelay+30*time.Second {
+		t.Fatalf("a server can ask for %v", d)
+	}
+}
+
+func TestPositions(t *testing.T) {
+	list := []Message{{Position: 0, Text: "mine"}, {Position: 9}, {Position: protocol.MaxPosition}, {Position: 3}}
+	slices.SortFunc(list, CompareMessages)
+	if list[0].Position != 3 || list[1].Position != 9 || list[3].Text != "mine" {
+		t.Fatalf("sorted %+v", list)
+	}
+	if m := (Message{Position: 1692841226851 << protocol.PositionShift}); m.Time().UnixMilli() != 1692841226851 {
+		t.Fatalf("time %v", m.Time())
+	}
+}
+
+// TestRealSockets runs over TCP with many goroutines, and nothing is left afterwards.
+func TestRealSockets(t *testing.T) {
+	before := runtime.NumGoroutine()
+	func() {
+		s := newFakeServer(t)
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.wg.Go(func() {
+			for {
+				nc, err := listener.Accept()
+				if err != nil {
+					return
+				}
+				s.wg.Go(func() { defer nc.Close(); s.serve(nc) })
+			}
+		})
+		defer s.close()
+		defer listener.Close()
+		dial := func(user string) *Client {
+			o := s.options(user)
+			o.NetDial, o.URL = nil, "ws://"+listener.Addr().String()+"/ws"
+			o.StatePath = filepath.Join(t.TempDir(), user)
+			c, err := Dial(t.Context(), o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		alice, bob := dial("alice"), dial("bob")
+		defer alice.Close()
+		defer bob.Close()
+		const senders, each = 8, 25
+		var all sync.WaitGroup
+		for g := range senders {
+			all.Go(func() {
+				for i := range each {
+					if _, err := alice.Send(t.Context(), "bob", fmt.Sprint(g, "/", i)); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		var mu sync.Mutex
+		got := map[string]int{}
+		var received atomic.Int64
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		for range 3 {
+			all.Go(func() {
+				for {
+					m, err := bob.Receive(ctx)
+					if err != nil {
+						return
+					}
+					mu.Lock()
+					got[m.Text]++
+					mu.Unlock()
+					if err := bob.Acknowledge(ctx, m); err != nil && ctx.Err() == nil {
+						t.Error(err)
+					}
+					if received.Add(1) == senders*each {
+						cancel()
+					}
+				}
+			})
+		}
+		all.Wait()
+		if len(got) != senders*each {
+			t.Fatalf("%d different messages, want %d", len(got), senders*each)
+		}
+	}()
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; {
+		if time.Now().After(deadline) {
+			buf := make([]byte, 1<<16)
+			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+		}
+		runtime.Gosched()
+	}
+}
