@@ -99,10 +99,10 @@ func TestDrainMailboxInOrder(t *testing.T) {
 	both(t, func(t *testing.T, sub string) {
 		s, b := serve(t, nil)
 		const rows = 1500
-		for n := range rows {
-			b.mailbox = append(b.mailbox, protocol.MailboxRow{Message: testMessage(n+1, "bob", "waited")})
-		}
+		b.fill(rows)
+		b.mu.Lock()
 		b.failPages = 1
+		b.mu.Unlock()
 		c := login(t, s, sub, "bob", "phone")
 		for n := range rows {
 			f := c.want(protocol.KindIncoming)
@@ -126,9 +126,7 @@ func TestDisconnectDuringDrain(t *testing.T) {
 	both(t, func(t *testing.T, sub string) {
 		s, b := serve(t, nil)
 		const rows = 300
-		for n := range rows {
-			b.mailbox = append(b.mailbox, protocol.MailboxRow{Message: testMessage(n+1, "bob", "waited")})
-		}
+		b.fill(rows)
 		shown := map[protocol.MessageID]bool{}
 		acknowledged := 0
 		for step := 0; acknowledged < rows; step++ {
@@ -162,8 +160,10 @@ func TestDisconnectDuringDrain(t *testing.T) {
 func TestReceiptsOverSockets(t *testing.T) {
 	both(t, func(t *testing.T, sub string) {
 		s, b := serve(t, nil)
+		b.mu.Lock()
 		b.receipts = []protocol.ReceiptPush{{ID: testID(1), Position: 1, Seq: 9, Device: "phone", Epoch: 5, Receiver: "bob", Millis: 7},
 			{ID: testID(2), Position: 2, Seq: 9, Device: "other", Epoch: 5, Receiver: "carol", Millis: 8}}
+		b.mu.Unlock()
 		c := dial(t, s, sub, "")
 		c.send(&protocol.Frame{Kind: protocol.KindConnect, Token: []byte("alice"), Device: []byte("phone"), Epoch: 5, ReceiptsAfter: 61_000})
 		if f := c.want(protocol.KindConnected); f.Epoch != 5 || f.HeartbeatSeconds != 25 || string(f.Device) != "phone" {
@@ -175,6 +175,8 @@ func TestReceiptsOverSockets(t *testing.T) {
 				got = append(got, fmt.Sprintf("%s %d %d %d", r.Receiver, r.Position, r.Seq, r.Timestamp))
 			}
 		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
 		if fmt.Sprint(got) != "[bob 1 9 7 carol 2 0 8]" || b.since[0] != 1000 {
 			t.Fatalf("receipts %v since %v", got, b.since)
 		}
@@ -440,7 +442,8 @@ func TestDrainAndStop(t *testing.T) {
 		}
 		idle.wantClose(protocol.CloseRestart)
 		busy.want(protocol.KindGoAway)
-		resp, _, _ := request(t, s, upgradeText(sub, ""))
+		resp, _, conn := request(t, s, upgradeText(sub, ""))
+		conn.Close()
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || !resp.Close {
 			t.Errorf("during a drain: %s", resp.Status)
 		}

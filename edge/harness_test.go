@@ -200,6 +200,15 @@ func (b *stubBackend) wait(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// fill puts n messages for bob into the mailbox.
+func (b *stubBackend) fill(n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i := range n {
+		b.mailbox = append(b.mailbox, protocol.MailboxRow{Message: testMessage(i+1, "bob", "waited")})
+	}
+}
+
 // live waits until the session of a device is live and returns it.
 func (b *stubBackend) live(t testing.TB, key string) (s protocol.Session) {
 	t.Helper()

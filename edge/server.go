@@ -339,9 +339,8 @@ func (s *Server) Drain(ctx context.Context, spread time.Duration) error {
 	return nil
 }
 
-// Stop closes every connection and stops listening.
+// Stop closes every connection, without a word, and stops listening. Whoever can wait calls Drain first.
 func (s *Server) Stop(ctx context.Context) error {
-	s.draining.Store(true)
 	if s.engine == nil {
 		return nil
 	}
