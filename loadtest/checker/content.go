@@ -1,0 +1,77 @@
+package checker
+
+import "strconv"
+
+// Content is the text of a test message: its stream, its number, and letters that both determine, so
+// that bytes of another message are noticed.
+//
+//	17:1048577:6:qjxwma      stream : seq : letters : the letters
+//
+// It has padTo bytes of ASCII, or as many as it needs without letters if that is more (at most 30).
+func Content(from StreamID, seq uint64, padTo int) string {
+	return string(AppendContent(nil, from, seq, padTo))
+}
+
+// AppendContent appends what Content returns.
+func AppendContent(dst []byte, from StreamID, seq uint64, padTo int) []byte {
+	first := len(dst)
+	dst = strconv.AppendInt(dst, int64(from), 10)
+	dst = append(dst, ':')
+	dst = strconv.AppendUint(dst, seq, 10)
+	dst = append(dst, ':')
+	letters := lettersFor(padTo - (len(dst) - first) - 1)
+	dst = strconv.AppendInt(dst, int64(letters), 10)
+	dst = append(dst, ':')
+	for i := range letters {
+		dst = append(dst, letter(from, seq, i))
+	}
+	return dst
+}
+
+// lettersFor divides room between a count, in decimal, and as many letters. Where the count would take a digit more
+// for just one letter more (11 bytes: "9:" or "10:"), a letter less is right and the text is a byte shorter.
+func lettersFor(room int) int {
+	n := max(0, room)
+	for n > 0 && n+len(strconv.Itoa(n)) > room {
+		n--
+	}
+	return n
+}
+
+func letter(from StreamID, seq uint64, i int) byte {
+	return 'a' + byte(mix(seqHash(from, seq)+uint64(i))%26)
+}
+
+// ParseContent reads a text that Content made, and accepts no other: not a shortened one, nor one with
+// letters of another message.
+func ParseContent(content string) (from StreamID, seq uint64, ok bool) {
+	rest := content
+	stream, rest, ok1 := cutNumber(rest, 1<<31-1)
+	seq, rest, ok2 := cutNumber(rest, 1<<64-1)
+	letters, rest, ok3 := cutNumber(rest, 1<<31-1)
+	if !ok1 || !ok2 || !ok3 || int(letters) != len(rest) {
+		return 0, 0, false
+	}
+	from = StreamID(stream)
+	for i := range len(rest) {
+		if rest[i] != letter(from, seq, i) {
+			return 0, 0, false
+		}
+	}
+	return from, seq, true
+}
+
+// cutNumber cuts a decimal number and its colon. One number has one text.
+func cutNumber(s string, limit uint64) (n uint64, rest string, ok bool) {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == ':':
+			return n, s[i+1:], i > 0 && (i == 1 || s[0] != '0')
+		case c < '0' || c > '9', n > (limit-uint64(c-'0'))/10:
+			return 0, s, false
+		default:
+			n = n*10 + uint64(c-'0')
+		}
+	}
+	return 0, s, false
+}
