@@ -278,6 +278,8 @@ func (l *loop) registered(r *protocol.Registered) {
 		l.unregister(c)
 	case r.Code == protocol.CodeTooManyDevices:
 		l.fail(c, r.Code, protocol.CloseTooManyDevices, closeTooManyDevices)
+	case r.Code == protocol.CodeSessionReplaced: // a login that came later was registered first
+		l.fail(c, r.Code, protocol.CloseSessionReplaced, closeReplaced)
 	case r.Code != protocol.OK:
 		l.refuse(c, 0, r.Refusal, 0)
 		l.finish(c, protocol.CloseTryAgain, r.Code.String(), closeRegistration)
