@@ -351,7 +351,7 @@ func TestConnStates(t *testing.T) {
 				s.receive([]byte(upgradeText(sub, "")))
 				s.out = nil
 				s.frame(&protocol.Frame{Kind: protocol.KindConnect, Token: []byte(tt.token)})
-				s.wants(strings.ReplaceAll(tt.want, "; ", "; "))
+				s.wants(tt.want)
 				if len(b.asked) != 0 || s.closed {
 					t.Fatalf("asked %v, closed %v", b.asked, s.closed)
 				}
@@ -381,6 +381,7 @@ func TestConnStates(t *testing.T) {
 				want    string
 			}{
 				{protocol.Refusal{Code: protocol.CodeTooManyDevices}, "error too_many_devices; close 4503"},
+				{protocol.Refusal{Code: protocol.CodeSessionReplaced}, "error session_replaced; close 4500"},
 				{protocol.Refusal{Code: protocol.CodeStoreFull, RetryAfterMs: 100}, "error store_full retry; close 1013"},
 				{protocol.Refusal{Code: protocol.CodeInternal, RetryAfterMs: 100}, "error internal retry; close 1013"},
 			} {
