@@ -391,7 +391,7 @@ func (c *Checker) proven(m *message) bool {
 
 // proved looks, when a receipt may cover m for the first time, whether one has done so already.
 func (c *Checker) proved(m *message, unproven bool) {
-	if unproven && c.proven(m) && m.flags&early == 0 && m.position <= c.receipts[pair{c.sender(m), m.receiver}] {
+	if unproven && c.proven(m) && m.flags&early == 0 && m.position != 0 && m.position <= c.receipts[pair{c.sender(m), m.receiver}] {
 		m.flags |= early
 		c.report(ReceiptEarly, m, noClient, func() string { return "covered by a receipt before any device had it" })
 	}

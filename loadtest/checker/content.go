@@ -7,7 +7,8 @@ import "strconv"
 //
 //	17:1048577:6:qjxwma      stream : seq : letters : the letters
 //
-// It has padTo bytes of ASCII, or as many as it needs without letters if that is more (at most 30).
+// It has padTo bytes of ASCII; or one less, where a letter more would take two bytes, as the count goes from 9 to 10;
+// or as many as it needs without letters if that is more (at most 34).
 func Content(from StreamID, seq uint64, padTo int) string {
 	return string(AppendContent(nil, from, seq, padTo))
 }
@@ -28,8 +29,7 @@ func AppendContent(dst []byte, from StreamID, seq uint64, padTo int) []byte {
 	return dst
 }
 
-// lettersFor divides room between a count, in decimal, and as many letters. Where the count would take a digit more
-// for just one letter more (11 bytes: "9:" or "10:"), a letter less is right and the text is a byte shorter.
+// lettersFor is the largest number that fits room together with as many letters.
 func lettersFor(room int) int {
 	n := max(0, room)
 	for n > 0 && n+len(strconv.Itoa(n)) > room {
