@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/gobwas/ws"
-
 	"millrace/protocol"
 )
 
@@ -78,43 +76,4 @@ func TestNoAllocations(t *testing.T) {
 			t.Fatal("the connection did not survive")
 		}
 	})
-}
-
-type ignoreOutcomes struct{}
-
-func (ignoreOutcomes) Settle([]protocol.Outcome) {}
-
-var scratchFrame protocol.Frame
-var scratchIDs [1]protocol.MessageID
-var scratchPayload []byte
-
-// appendSend and appendAcknowledge make a client's frames without allocating.
-func appendSend(dst []byte, text bool, seq uint64) []byte {
-	scratchFrame = protocol.Frame{Kind: protocol.KindSend, Seq: seq, Receiver: bobBytes, Content: helloBytes}
-	return appendClient(dst, text)
-}
-
-var bobBytes, helloBytes = []byte("bob"), []byte("hello, how are you?")
-
-func appendAcknowledge(dst []byte, text bool, id protocol.MessageID) []byte {
-	scratchIDs[0] = id
-	scratchFrame = protocol.Frame{Kind: protocol.KindAcknowledge, IDs: scratchIDs[:]}
-	return appendClient(dst, text)
-}
-
-func appendClient(dst []byte, text bool) []byte {
-	op := ws.OpBinary
-	if text {
-		op = ws.OpText
-		scratchPayload = protocol.AppendJSON(scratchPayload[:0], &scratchFrame)
-	} else {
-		scratchPayload = protocol.AppendBinary(scratchPayload[:0], &scratchFrame)
-	}
-	dst = append(dst, 0x80|byte(op))
-	if n := len(scratchPayload); n < 126 {
-		dst = append(dst, 0x80|byte(n))
-	} else {
-		dst = append(dst, 0x80|126, byte(n>>8), byte(n))
-	}
-	return append(append(dst, 0, 0, 0, 0), scratchPayload...)
 }

@@ -238,6 +238,7 @@ func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint6
 		rand.Read(b[:]) // does not fail, crypto/rand
 		epoch = binary.BigEndian.Uint64(b[:])
 	}
+	login := c.epoch
 	c.epoch = epoch
 	c.state = stateRegistering
 	c.flags |= flagAsked
@@ -247,6 +248,7 @@ func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint6
 		User:    claims.User,
 		Device:  string(device),
 		Epoch:   epoch,
+		Login:   login,
 	})
 }
 

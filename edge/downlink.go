@@ -128,6 +128,10 @@ func (l *loop) push(p *protocol.Push) {
 		l.refusedPush(p)
 		return
 	}
+	if !l.isFor(c, m) {
+		l.refusedPush(p)
+		return
+	}
 	pending := pendingOf(m)
 	verdict, effects := c.down.Push(p.To.Generation, pending, l.room(c, messageBytes+len(m.Content)))
 	switch verdict {
@@ -142,6 +146,15 @@ func (l *loop) push(p *protocol.Push) {
 		l.outcome(c, protocol.Refused, &pending)
 	}
 	l.act(c, effects)
+}
+
+// isFor checks promise P5 once more where it matters: no byte of a message reaches a connection that is not its addressee's.
+func (l *loop) isFor(c *conn, m *protocol.Message) bool {
+	if user, _ := l.names.get(c.names); string(user) == m.Receiver {
+		return true
+	}
+	l.m.misaddressed++
+	return false
 }
 
 func pendingOf(m *protocol.Message) Pending {
@@ -195,6 +208,9 @@ func (l *loop) page(p *protocol.Page) {
 rows:
 	for i := range p.Rows {
 		m := p.Rows[i].Message
+		if !l.isFor(c, m) {
+			continue
+		}
 		pending := pendingOf(m)
 		pending.UserMailbox = p.Rows[i].UserMailbox
 		switch c.down.Row(pending, l.room(c, messageBytes+len(m.Content))) {

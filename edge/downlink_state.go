@@ -10,7 +10,7 @@ import (
 const (
 	resumeBelow   = protocol.MaxUnacknowledged / 2 // a paused drain goes on when acknowledgements bring it here
 	pageRows      = 128                            // rows asked for at once; a paused drain resumes with this much room
-	recentAcks    = 512                            // deletions are committed within 100 ms: 5 000 acknowledgements a second
+	recentAcks    = 2048                           // deletions are committed within 100 ms: 20 000 acknowledgements a second
 	slowSeconds   = 60                             // without progress at a limit, then closed
 	flightKeepCap = 64                             // entries; larger ones are not kept in the pool
 )
@@ -19,8 +19,9 @@ const (
 // flight until the device acknowledges it. It decides; the loop that owns it acts on the Effects.
 //
 // The owner pushes only to live sessions. Whatever it writes to the mailbox instead is followed by a
-// notice, and a drain ends only when a pass that began after the last notice found nothing to push, so
-// no message falls between the two (DESIGN.md §5). Every turn from live to draining raises the generation:
+// notice, and a drain ends only with a whole pass that began after the last notice, so no message falls
+// between the two: what was committed before the pass began it has read, and what was committed later is
+// followed by a notice. Every turn from live to draining raises the generation:
 // pushes that were already on their way carry the old one, are refused, and overtake nothing.
 type Downlink struct {
 	flight       *flight // nil while nothing was in flight for a second
@@ -32,7 +33,6 @@ type Downlink struct {
 	paused  bool // at a limit; resumed by acknowledgements or the sweep
 	reading bool // a page was asked for and has not come
 	noticed bool // since this pass began
-	found   bool // this pass pushed something
 	acked   bool // since the last sweep
 	idle    bool // flight was empty at the last sweep
 }
@@ -153,12 +153,12 @@ func (d *Downlink) turnDraining() {
 	d.generation++
 	d.paused = false
 	d.borrow().cursor = protocol.MailboxCursor{}
-	d.found, d.noticed = false, false
+	d.noticed = false
 }
 
 func (d *Downlink) beginPass() Effects {
 	d.borrow().cursor = protocol.MailboxCursor{}
-	d.found, d.noticed, d.paused = false, false, false
+	d.noticed, d.paused = false, false
 	return d.read()
 }
 
@@ -200,7 +200,6 @@ func (d *Downlink) Row(p Pending, room bool) PushVerdict {
 	f.last = at
 	p.Mailbox = true
 	f.pending = append(f.pending, p)
-	d.found = true
 	return Write
 }
 
@@ -215,7 +214,7 @@ func (d *Downlink) EndPage(next protocol.MailboxCursor, end bool) Effects {
 	case !end:
 		f.cursor = next
 		return d.read()
-	case d.found || d.noticed:
+	case d.noticed:
 		return d.beginPass()
 	default:
 		d.live = true

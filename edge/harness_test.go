@@ -297,7 +297,6 @@ type client struct {
 	json bool
 	rest []byte // frames of the last message that were not returned yet
 	last protocol.Frame
-	buf  []byte
 }
 
 // both runs a test on both subprotocols.
@@ -436,7 +435,7 @@ func (c *client) next() (*protocol.Frame, error) {
 			}
 			continue
 		}
-		f, err := ws.ReadFrame(c.r)
+		f, err := readServerFrame(c.r)
 		switch {
 		case err != nil:
 			return nil, err
@@ -494,17 +493,6 @@ func (c *client) wantClose(code protocol.CloseCode) {
 	}
 }
 
-// ids reads messages until n have come.
-func (c *client) messages(n int) (positions []uint64, ids []protocol.MessageID) {
-	c.t.Helper()
-	for range n {
-		f := c.want(protocol.KindIncoming)
-		positions = append(positions, f.Position)
-		ids = append(ids, f.ID)
-	}
-	return positions, ids
-}
-
 func (c *client) acknowledge(ids ...protocol.MessageID) {
 	c.t.Helper()
 	c.send(&protocol.Frame{Kind: protocol.KindAcknowledge, Timestamp: 1, IDs: ids})
@@ -556,3 +544,16 @@ func (b *stubBackend) outcome(t testing.TB, n int) (o outcome) {
 }
 
 func newReader(b []byte) *bufio.Reader { return bufio.NewReader(bytes.NewReader(b)) }
+
+// readServerFrame reads one WebSocket frame, of which a server's may be no longer than the protocol says.
+func readServerFrame(r io.Reader) (f ws.Frame, err error) {
+	if f.Header, err = ws.ReadHeader(r); err != nil {
+		return f, err
+	}
+	if f.Header.Length > protocol.MaxServerFrameBytes {
+		return f, fmt.Errorf("frame of %d bytes", f.Header.Length)
+	}
+	f.Payload = make([]byte, f.Header.Length)
+	_, err = io.ReadFull(r, f.Payload)
+	return f, err
+}

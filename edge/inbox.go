@@ -7,13 +7,15 @@ import (
 )
 
 const (
-	// inboxBytes bounds what pushes wait for a loop: beyond it they are refused. Notices are one bit a
-	// session, answers are bounded by the sends and pages by the requests: those are always taken.
+	// inboxBytes bounds what waits for a loop: beyond it pushes are refused and receipts dropped. Notices are one bit
+	// a session, answers are bounded by the sends and pages by the requests: those are always taken.
 	inboxBytes = 16 << 20
 	// inboxKeep is the capacity, in entries, that an emptied list keeps.
 	inboxKeep = 8192
 	// pushBytes is what a push costs besides its content: itself, and the message it points to.
 	pushBytes = 160
+	// receiptBytes is what a receipt costs, names included.
+	receiptBytes = 160
 )
 
 // inbox is how other goroutines reach a loop: values, not closures; one wake-up when it becomes non-empty. The order of
@@ -22,8 +24,8 @@ type inbox struct {
 	mu      sync.Mutex
 	closed  bool
 	filling inboxBatch
-	bytes   int // of the pushes in filling
-	refused uint64
+	bytes   int    // of the pushes and receipts in filling
+	dropped uint64 // receipts
 
 	draining inboxBatch // owned by the loop
 }
@@ -100,6 +102,26 @@ func (in *inbox) putPushes(list []protocol.Push) (wake, ok bool) {
 	return wake, true
 }
 
+// putReceipts drops what is over the budget. A receipt is state: a later one of the same conversation covers it, and
+// the client asks for all that changed when it connects again.
+func (in *inbox) putReceipts(list []protocol.ReceiptPush) (wake, ok bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return false, false
+	}
+	taken := max(0, min(len(list), (inboxBytes-in.bytes)/receiptBytes))
+	in.dropped += uint64(len(list) - taken)
+	if taken == 0 {
+		return false, true
+	}
+	wake = len(in.filling.runs) == 0
+	in.bytes += taken * receiptBytes
+	in.filling.receipts = append(in.filling.receipts, list[:taken]...)
+	in.filling.note(inboxReceipt, taken)
+	return wake, true
+}
+
 // withoutContent keeps of a refused push what its outcome needs, so that the refusal holds no content in memory.
 func withoutContent(p protocol.Push) protocol.Push {
 	m := *p.Message
@@ -120,11 +142,11 @@ func (in *inbox) take() *inboxBatch {
 // done lets go of what the batch held, so that an idle loop keeps no message alive.
 func (in *inbox) done() { in.draining.clear() }
 
-// size is how many bytes of pushes wait.
-func (in *inbox) size() int {
+// size is how many bytes of pushes and receipts wait, and how many receipts were dropped since the start.
+func (in *inbox) size() (bytes int, dropped uint64) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.bytes
+	return in.bytes, in.dropped
 }
 
 // close makes every later put fail.

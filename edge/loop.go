@@ -175,6 +175,7 @@ func (l *loop) open(s socket) *conn {
 	}
 	l.begin()
 	c.sock, c.loop, c.state = s, l.index, stateUpgrade
+	c.epoch = l.server.accepted.Add(1) // until it is registered; see register
 	c.heard = l.tick
 	c.deadline = l.tick + l.server.authenticateTicks
 	l.turning = false
@@ -415,8 +416,8 @@ func (l *loop) drainInbox() {
 
 // inboxCursor is how far a batch was handled.
 type inboxCursor struct {
-	run, n                                                                            int
-	answers, pushes, refused, notices, receipts, pages, registered, replaced, reached int
+	run, n                                                                   int
+	answers, pushes, refused, notices, receipts, pages, registered, replaced int
 }
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.

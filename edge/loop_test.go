@@ -198,7 +198,7 @@ func (s *fakeSocket) read() string {
 	r := newReader(s.out)
 	s.out = nil
 	for r.Buffered() > 0 || func() bool { _, err := r.Peek(1); return err == nil }() {
-		f, err := ws.ReadFrame(r)
+		f, err := readServerFrame(r)
 		if err != nil {
 			s.bench.t.Fatal(err)
 		}
@@ -278,7 +278,7 @@ func TestSizes(t *testing.T) {
 	if n := unsafe.Sizeof(conn{}); n > 128 {
 		t.Errorf("a connection takes %d bytes, want at most 128", n)
 	}
-	if n := unsafe.Sizeof(Uplink{}); n > 80 {
+	if n := unsafe.Sizeof(Uplink{}); n > 88 {
 		t.Errorf("an Uplink takes %d bytes", n)
 	}
 	if n := unsafe.Sizeof(Downlink{}); n > 24 {
@@ -1126,7 +1126,7 @@ func TestInboxBudget(t *testing.T) {
 		list[i] = protocol.Push{To: session, Device: "phone", Message: &m}
 	}
 	b.s.Push(list)
-	if size := b.l.inbox.size(); size > inboxBytes {
+	if size, _ := b.l.inbox.size(); size > inboxBytes {
 		t.Fatalf("%d bytes wait", size)
 	}
 	b.s.Notify([]protocol.Session{session}) // always taken
@@ -1138,8 +1138,55 @@ func TestInboxBudget(t *testing.T) {
 	if last.Kind != protocol.Refused || last.Position != uint64(n-1) || last.user != "alice" || last.device != "phone" {
 		t.Fatalf("%+v", last)
 	}
-	if b.l.inbox.size() != 0 || cap(b.l.inbox.draining.pushes) > inboxKeep {
+	if size, _ := b.l.inbox.size(); size != 0 || cap(b.l.inbox.draining.pushes) > inboxKeep {
 		t.Fatal("the inbox keeps what it held")
+	}
+}
+
+// TestMisaddressed is P5: a push or a row that is for another user is not written, wherever the mistake was made.
+func TestMisaddressed(t *testing.T) {
+	b := newBench(t, nil)
+	s := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	session := b.l.session(s.conn)
+	b.s.Page(protocol.Page{To: session, Rows: []protocol.MailboxRow{{Message: testMessage(1, "bob", "x")}, {Message: testMessage(2, "alice", "x")}}, End: true})
+	b.l.drainInbox()
+	s.wants("incoming 2")
+	b.live(s)
+	b.s.Push([]protocol.Push{{To: session, Device: "phone", Message: testMessage(3, "alicex", "x")}})
+	b.l.drainInbox()
+	s.wants("")
+	if b.l.m.misaddressed != 2 || len(b.settled) != 1 || b.settled[0].Kind != protocol.Refused || b.settled[0].user != "alicex" {
+		t.Fatalf("%d counted, settled %+v", b.l.m.misaddressed, b.settled)
+	}
+}
+
+func TestReceiptBudget(t *testing.T) {
+	b := newBench(t, nil)
+	s := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	list := make([]protocol.ReceiptPush, inboxBytes/receiptBytes+7)
+	for i := range list {
+		list[i] = protocol.ReceiptPush{To: b.l.session(s.conn), Receiver: "bob"}
+	}
+	b.s.Receipts(list)
+	b.s.Receipts(list[:3])
+	if size, dropped := b.l.inbox.size(); size > inboxBytes || dropped != 10 {
+		t.Fatalf("%d bytes wait, %d dropped", size, dropped)
+	}
+}
+
+// TestSweepSlices: with the usual ten slices, every connection is looked at once a second.
+func TestSweepSlices(t *testing.T) {
+	b := newBench(t, func(c *Config) { c.sweepSlices = 0; c.MaxConnections = 10_000 })
+	var sockets []*fakeSocket
+	for range 12*slotChunk + 5 {
+		sockets = append(sockets, b.accept())
+	}
+	b.pass(5 * time.Second)
+	b.pass(time.Second)
+	for i, s := range sockets {
+		if !s.closed {
+			t.Fatalf("connection %d is past its deadline by a second", i)
+		}
 	}
 }
 

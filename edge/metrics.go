@@ -26,6 +26,7 @@ type counters struct {
 	receipts            uint64
 	pings               uint64 // from clients
 	panics              uint64
+	misaddressed        uint64 // refused: P5
 	handshakes          [handshakeResults]uint64
 	refusals            [refusalCodes]uint64
 	closes              [closeReasons]uint64
@@ -113,6 +114,7 @@ const (
 	dropAnswerUnknown                   // answer: no such send
 	dropPageFailed                      // page: could not be read
 	dropReceipts                        // receipt: too many wait for this connection
+	dropReceiptInbox                    // receipt: the inbox of the loop is full
 	dropOutput                          // everything: over the hard outbound limit
 	dropBadFrame                        // error frame: one message held too many malformed frames
 	dropReasons
@@ -120,7 +122,7 @@ const (
 
 var dropReasonNames = [dropReasons]string{
 	"inbox_full", "connection_gone", "push_refused", "push_twice", "answer_connection_gone", "answer_unknown", "page_failed",
-	"receipts_waiting", "outbound_full", "bad_frames",
+	"receipts_waiting", "receipts_inbox_full", "outbound_full", "bad_frames",
 }
 
 // Results of a handshake.
@@ -173,6 +175,7 @@ func (m *counters) add(o *counters) {
 	m.receipts += o.receipts
 	m.pings += o.pings
 	m.panics += o.panics
+	m.misaddressed += o.misaddressed
 	addAll(m.handshakes[:], o.handshakes[:])
 	addAll(m.refusals[:], o.refusals[:])
 	addAll(m.closes[:], o.closes[:])
@@ -195,13 +198,15 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 		m.add(&p.counters)
 		sessions += p.sessions
 		p.mu.Unlock()
-		inboxBytes += s.loops[i].inbox.size()
+		bytes, dropped := s.loops[i].inbox.size()
+		inboxBytes += bytes
+		m.drops[dropReceiptInbox] += dropped
 	}
 	gauge := func(name, help string, v int) { emit("millrace_edge_"+name, help, false, float64(v)) }
 	gauge("connections", "Open TCP connections.", int(s.connections.Load()))
 	gauge("connections_max", "Connections that are accepted at most.", s.cfg.MaxConnections)
 	gauge("sessions", "Connections to which connected was sent.", sessions)
-	gauge("inbox_bytes", "Pushes that wait for an event loop.", inboxBytes)
+	gauge("inbox_bytes", "Pushes and receipts that wait for an event loop.", inboxBytes)
 
 	count := func(name, help string, v uint64, labels ...string) {
 		emit("millrace_edge_"+name+"_total", help, true, float64(v), labels...)
@@ -230,6 +235,7 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	count("receipts", "Receipts written to connections.", m.receipts)
 	count("client_pings", "Pings from clients.", m.pings)
 	count("panics", "Panics on event loops, each closed one connection.", m.panics)
+	count("invariant_violations", "Must be 0: what would have broken a promise and was stopped.", m.misaddressed, "promise", "P5")
 	for _, code := range protocol.Codes() {
 		if code != protocol.OK {
 			count("refusals", "Error frames by code.", m.refusals[refusalIndex(code)], "code", code.String())

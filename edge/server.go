@@ -92,7 +92,7 @@ func (c *Config) validate() error {
 		}
 	}
 	if c.Token == nil || c.Publisher == nil || c.Acknowledger == nil || c.Mailbox == nil || c.Registrar == nil {
-		return errors.New("Token, Publisher, Acknowledger, Mailbox and Registrar are required")
+		return errors.New("a token verifier, publisher, acknowledger, mailbox and registrar are required")
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
@@ -139,6 +139,7 @@ type Server struct {
 
 	published   []published
 	connections atomic.Int64
+	accepted    atomic.Uint64 // connections so far: orders logins
 	full        atomic.Uint64 // connections refused because there were MaxConnections
 	strays      atomic.Uint64
 	draining    atomic.Bool
@@ -232,16 +233,12 @@ func (s *Server) Notify(batch []protocol.Session) {
 		})
 }
 
-// Receipts brings receipts, live ones and those that Mailbox.ReadReceipts asked for.
+// Receipts brings receipts, live ones and those that Mailbox.ReadReceipts asked for. It drops them when the inbox of a loop is
+// full.
 func (s *Server) Receipts(batch []protocol.ReceiptPush) {
 	deliver(s, batch,
 		func(r *protocol.ReceiptPush) protocol.Session { return r.To },
-		func(l *loop, part []protocol.ReceiptPush) (bool, bool) {
-			return l.inbox.put(func(b *inboxBatch) {
-				b.receipts = append(b.receipts, part...)
-				b.note(inboxReceipt, len(part))
-			})
-		})
+		func(l *loop, part []protocol.ReceiptPush) (bool, bool) { return l.inbox.putReceipts(part) })
 }
 
 // Page brings the answer to Mailbox.ReadPage.

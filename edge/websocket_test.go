@@ -234,7 +234,7 @@ func TestSealData(t *testing.T) {
 		payload := bytes.Repeat([]byte{'x'}, n)
 		b := append([]byte("before"), 0, 0, 0, 0)
 		b = sealData(append(b, payload...), 6, n%2 == 0)
-		f, err := ws.ReadFrame(bytes.NewReader(b[6:]))
+		f, err := readServerFrame(bytes.NewReader(b[6:]))
 		if err != nil || !f.Header.Fin || f.Header.Masked || !bytes.Equal(f.Payload, payload) || ws.HeaderSize(f.Header)+n != len(b)-6 {
 			t.Fatalf("%d bytes: %+v %v", n, f.Header, err)
 		}
