@@ -48,6 +48,9 @@ func (c *chatCommand) Run(p *program) error {
 	}
 	chat := chatConfig{URL: c.URL, User: c.As, Device: c.Device, With: c.With, StateFile: c.StateFile, JSON: c.Protocol == "json"}
 	if chat.URL == "" {
+		if strings.HasSuffix(cfg.Edge.Addr, ":0") {
+			return usageError{errors.New("the server takes a free port: give its address with --url, as the server printed it")}
+		}
 		chat.URL = endpoint(cfg.Edge.Addr)
 	}
 	chat.Token = func(context.Context) (string, error) {
