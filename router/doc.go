@@ -18,7 +18,7 @@
 //
 // # Memory
 //
-// At ten million users with ids of 12 bytes and one device each the table takes 45 B per user, in a few
+// At ten million users with ids of 12 bytes and one device each the table takes at most 46 B per user, in a few
 // objects per shard that hold no pointers:
 //
 //	26 B  record: lengths and state 1, device 1, edge 4, generation 4, connection 8, login 8

@@ -23,8 +23,9 @@ func AppendContent(dst []byte, from StreamID, seq uint64, padTo int) []byte {
 	letters := lettersFor(padTo - (len(dst) - first) - 1)
 	dst = strconv.AppendInt(dst, int64(letters), 10)
 	dst = append(dst, ':')
+	key := seqHash(from, seq)
 	for i := range letters {
-		dst = append(dst, letter(from, seq, i))
+		dst = append(dst, letter(key, i))
 	}
 	return dst
 }
@@ -38,9 +39,7 @@ func lettersFor(room int) int {
 	return n
 }
 
-func letter(from StreamID, seq uint64, i int) byte {
-	return 'a' + byte(mix(seqHash(from, seq)+uint64(i))%26)
-}
+func letter(key uint64, i int) byte { return 'a' + byte(mix(key+uint64(i))%26) }
 
 // ParseContent reads a text that Content made, and accepts no other: not a shortened one, nor one with
 // letters of another message.
@@ -53,8 +52,9 @@ func ParseContent(content string) (from StreamID, seq uint64, ok bool) {
 		return 0, 0, false
 	}
 	from = StreamID(stream)
+	key := seqHash(from, seq)
 	for i := range len(rest) {
-		if rest[i] != letter(from, seq, i) {
+		if rest[i] != letter(key, i) {
 			return 0, 0, false
 		}
 	}
