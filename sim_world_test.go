@@ -243,7 +243,7 @@ func (s *sim) scheduleFaults(until int64) {
 		at(2, func() { s.step += s.rng.Int64N(7_200_000) - 3_600_000; s.logf("clock steps to %+d ms", s.step) })
 	}
 	if s.opt.QueueFails {
-		at(4, func() { s.queue.fail() })
+		at(4, func() { s.queue.failSoon = true })
 	}
 }
 
@@ -539,6 +539,7 @@ type simQueue struct {
 	logs      [][]*backend.Record
 	last      []uint64
 	life      uint64
+	failSoon  bool
 	answersAt int64                  // answers arrive in order
 	failing   map[backend.Stream]int // answers outcome_unknown that have not arrived
 }
@@ -564,6 +565,12 @@ func (q *simQueue) append(r *backend.Record) protocol.Refusal {
 	if q.sim.mut == "answered before it is durable" {
 		q.sim.answer(protocol.Answer{To: r.From, Seq: r.Seq, ID: r.ID, Millis: q.sim.wall()})
 	}
+	defer func() {
+		if q.failSoon && len(q.pending) > 1 && !q.sim.healed {
+			q.failSoon = false
+			q.fail()
+		}
+	}()
 	if len(q.pending) == 0 {
 		life := q.life
 		q.sim.after(1+q.sim.rng.Int64N(15), func() { q.sync(life) })

@@ -181,7 +181,6 @@ type registrar struct {
 	store *embedded.DB
 	table *router.Table
 	edge  *edgeLink
-	login atomic.Uint64 // of this process's life; the table lives as long
 }
 
 func newRegistrar(store *embedded.DB, table *router.Table, edge *edgeLink) *registrar {
@@ -190,12 +189,11 @@ func newRegistrar(store *embedded.DB, table *router.Table, edge *edgeLink) *regi
 
 // Register makes the device and the block durable, then binds the route as draining, then tells the edge.
 func (r *registrar) Register(q protocol.Registration) {
-	login := r.login.Add(1)
 	r.store.Register(backend.Stream{User: q.User, Device: q.Device, Epoch: q.Epoch},
 		func(block uint32, heir bool, refusal protocol.Refusal) {
 			if refusal.Code == protocol.OK {
-				old, replaced, ok := r.table.Bind(q.User, q.Device, q.Session, login)
-				if !ok { // a login that came later was faster
+				old, replaced, ok := r.table.Bind(q.User, q.Device, q.Session, q.Login)
+				if !ok { // a connection accepted later was faster
 					refusal = protocol.Refusal{Code: protocol.CodeSessionReplaced}
 				}
 				if replaced {

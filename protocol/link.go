@@ -103,6 +103,9 @@ type Registration struct {
 	User    string
 	Device  string
 	Epoch   uint64 // the stream; made by the edge when the client brought none
+	// Login is larger for a connection that was accepted later. The later one wins, also when the bytes of a
+	// connection that its client has left already are read after those of the next one.
+	Login uint64
 }
 
 // Registered answers a Registration. Refusal is zero when the device row and the block are durable and the route is bound.
