@@ -664,7 +664,7 @@ func TestTokens(t *testing.T) {
 	bubble(t, func(t *testing.T, s *fakeServer) {
 		var keysChanged atomic.Bool
 		s.onConnect = func(c *fakeSession, n int) bool {
-			if !keysChanged.Load() || c.token != "alice:4" {
+			if !keysChanged.Load() || c.token != "alice:5" {
 				return false
 			}
 			c.fail(protocol.CodeUnauthorized, 0, protocol.CloseUnauthorized)
@@ -701,11 +701,18 @@ func TestTokens(t *testing.T) {
 		if calls != 4 || session().token != "alice:4" {
 			t.Fatalf("after renew: %d calls, token %s", calls, session().token)
 		}
+		// A refused renewal, and the connection breaks before 4401 comes: the connection was good, so a new token is.
+		session().write(protocol.Frame{Kind: protocol.KindError, Code: protocol.CodeUnauthorized})
+		s.dropAll()
+		settle()
+		if calls != 5 || c.Err() != nil || session().token != "alice:5" {
+			t.Fatalf("after a refused renewal: %d calls, %v", calls, c.Err())
+		}
 		// A token that was good once and is refused now: keys change. One made for the attempt is the last word.
 		keysChanged.Store(true)
 		s.dropAll()
 		settle()
-		if calls != 5 || !c.Connected() || session().token != "alice:5" {
+		if calls != 6 || !c.Connected() || session().token != "alice:6" {
 			t.Fatalf("after a refused old token: %d calls, %v", calls, c.Err())
 		}
 	})
@@ -1107,6 +1114,66 @@ func TestDiskFailureEndsTheClient(t *testing.T) {
 	})
 }
 
+// TestAcknowledgedOnlyWhenStored: an id that is not on stable storage is not acknowledged, or a power cut
+// would let the message be lost here and shown nowhere.
+func TestAcknowledgedOnlyWhenStored(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("bob")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		bob, err := Dial(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var messages []Message
+		for i := range MaxAcknowledgements {
+			s.give("alice", "bob", fmt.Sprint(i))
+			messages = append(messages, mustReceive(t, bob))
+		}
+		err = bob.do(t.Context(), func(r *runner, reply func(error)) {
+			r.state.file = &failingFile{stateFile: r.state.file, failSync: true}
+			reply(nil)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := bob.Acknowledge(t.Context(), messages...); !errors.Is(err, errDisk) {
+			t.Fatalf("acknowledge: %v", err)
+		}
+		if err := bob.Close(); !errors.Is(err, errDisk) {
+			t.Fatalf("close: %v", err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.acked) != 0 {
+			t.Fatalf("%d messages were acknowledged", len(s.acked))
+		}
+	})
+}
+
+func TestInboxOfABrokenConnection(t *testing.T) {
+	b := newInbox(newShownSet(10))
+	b.pushed(Message{ID: testID(1)}, epochStart)
+	b.pushed(Message{ID: testID(1)}, epochStart)
+	if len(b.queue) != 1 {
+		t.Fatalf("%d messages wait, want 1", len(b.queue))
+	}
+	b.taken()
+	if !b.acknowledged(testID(1), epochStart) || b.acknowledged(testID(1), epochStart) {
+		t.Fatal("an acknowledgement is new once")
+	}
+	if b.due(epochStart, false) || !b.due(epochStart, true) || !b.due(epochStart.Add(AcknowledgeDelay), false) {
+		t.Fatal("acknowledgements wait for the delay or for company")
+	}
+	b.disconnected()
+	if b.due(epochStart.Add(time.Hour), true) {
+		t.Fatal("acknowledgements outlive the connection that pushed")
+	}
+	b.pushed(Message{ID: testID(1)}, epochStart)
+	if len(b.queue) != 0 || !b.due(epochStart, true) {
+		t.Fatal("a known message is shown again or not acknowledged again")
+	}
+}
+
 func TestOptions(t *testing.T) {
 	token := StaticToken("alice")
 	for _, o := range []Options{
@@ -1173,24 +1240,12 @@ func TestRealSockets(t *testing.T) {
 	before := runtime.NumGoroutine()
 	func() {
 		s := newFakeServer(t)
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.wg.Go(func() {
-			for {
-				nc, err := listener.Accept()
-				if err != nil {
-					return
-				}
-				s.wg.Go(func() { defer nc.Close(); s.serve(nc) })
-			}
-		})
+		url, listener := s.listen()
 		defer s.close()
 		defer listener.Close()
 		dial := func(user string) *Client {
 			o := s.options(user)
-			o.NetDial, o.URL = nil, "ws://"+listener.Addr().String()+"/ws"
+			o.NetDial, o.URL = nil, url
 			o.StatePath = filepath.Join(t.TempDir(), user)
 			c, err := Dial(t.Context(), o)
 			if err != nil {

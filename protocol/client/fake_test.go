@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -435,4 +434,38 @@ func (s *fakeServer) give(from, to, text string) protocol.Message {
 	return m
 }
 
-var _ io.Closer = (*Client)(nil)
+// listen serves the fake over TCP.
+func (s *fakeServer) listen() (url string, listener net.Listener) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.wg.Go(func() {
+		for {
+			nc, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			s.wg.Go(func() { defer nc.Close(); s.serve(nc) })
+		}
+	})
+	return "ws://" + listener.Addr().String() + "/ws", listener
+}
+
+// exampleTB lets the examples, which have no testing.T, use the fake.
+type exampleTB struct{ testing.TB }
+
+func (exampleTB) Cleanup(func())               {}
+func (exampleTB) Error(args ...any)            { panic(fmt.Sprint(args...)) }
+func (exampleTB) Errorf(f string, args ...any) { panic(fmt.Sprintf(f, args...)) }
+func (exampleTB) Fatal(args ...any)            { panic(fmt.Sprint(args...)) }
+
+// StartServer is what the examples talk to: a token is the user's name.
+func StartServer() (url string, stop func()) {
+	s := newFakeServer(exampleTB{})
+	url, listener := s.listen()
+	return url, func() {
+		_ = listener.Close()
+		s.close()
+	}
+}

@@ -296,6 +296,20 @@ func TestOutboxNumbersOnlyOnAConnection(t *testing.T) {
 	wantSeqs(t, "new ones at last", o.Next(epochStart).Write, protocol.FirstSeq(1))
 }
 
+// TestOutboxEarlierNumbersEndFirst: at the seam of two blocks the span alone would let a new number through.
+func TestOutboxEarlierNumbersEndFirst(t *testing.T) {
+	o := outboxWith(1)
+	o.Connected(1)
+	o.next = protocol.MaxSend
+	wantSeqs(t, "the last of the block", o.Next(epochStart).Write, protocol.MaxSend)
+	o.Disconnected()
+	o.Add(Item{Local: 2, QueuedMs: epochStart.UnixMilli()})
+	o.Connected(protocol.FirstSeq(1))
+	wantSeqs(t, "the resend alone", o.Next(epochStart).Write, protocol.MaxSend)
+	o.Received(protocol.MaxSend)
+	wantSeqs(t, "then the new one", o.Next(epochStart).Write, protocol.FirstSeq(1))
+}
+
 func TestOutboxSpan(t *testing.T) {
 	o := outboxWith(200)
 	o.Connected(1)
