@@ -30,6 +30,7 @@ build: ## build the static binary ./millrace
 test: ## every test that needs nothing but Go, with the race detector where a C compiler is found
 	$(if $(RACE),,@echo "no C compiler: testing without the race detector")
 	go test $(RACE) -timeout 10m ./...
+	go test -run NoAllocations ./edge ./protocol ./router
 
 vet: ## go vet, with and without the crash points
 	go vet ./...
@@ -42,7 +43,7 @@ lint: ## staticcheck
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	@set -e; grep -rn --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file _ target; do \
 		target=$${target#func }; echo "fuzz $$(dirname $$file) $$target"; \
-		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$(dirname $$file)" </dev/null; \
+		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$(dirname $$file)" </dev/null; \
 	done
 
 sim: ## the simulation with SEEDS seeds (20000), or with the one SEED and its transcript

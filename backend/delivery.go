@@ -263,7 +263,7 @@ func (o *Owner) deliver(e *entry, device string, r *Record) {
 		// An earlier message of this conversation on its way to the same mailbox goes first: the notice that
 		// follows its commit reaches the session before any later push.
 		if route.Live && !e.conv.writesTo(e, device) {
-			o.actions.Pushes = append(o.actions.Pushes, protocol.Push{To: route.Session, Message: &r.Message})
+			o.actions.Pushes = append(o.actions.Pushes, protocol.Push{To: route.Session, Device: route.Device, Message: &r.Message})
 			o.stats.Pushed++
 			return
 		}
