@@ -12,9 +12,8 @@ import (
 // builder turns what is pending into one Pebble batch. It belongs to the committer. A batch is merged with what the database
 // holds, and the database already shows every earlier batch; what the batch itself has changed so far is in the overlays.
 type builder struct {
-	last        uint64 // the last position given, ever
-	mailboxRows uint64 // in all mailboxes
-	stateDirty  bool
+	state
+	stateDirty bool // it has changed in this batch
 
 	lows    []lowWater // per shard
 	trimmed uint64     // the log holds nothing below
@@ -111,7 +110,7 @@ func (s *builder) build(d *DB, b *batch) error {
 		return fmt.Errorf("trim the log: %w", err)
 	}
 	if s.stateDirty {
-		s.value = appendState(s.value[:0], s.last, s.mailboxRows)
+		s.value = appendState(s.value[:0], &s.state)
 		if err := b.kv.Set(keyState, s.value, nil); err != nil {
 			return fmt.Errorf("write state: %w", err)
 		}
@@ -166,6 +165,9 @@ func (s *builder) addCommit(d *DB, b *batch, c *backend.Commit) error {
 			return err
 		}
 		mergeReceipt(old, r)
+		if r.ChangedMs > s.receiptMs {
+			s.receiptMs, s.stateDirty = r.ChangedMs, true
+		}
 	}
 	for _, o := range c.Settled {
 		s.key = appendOutstandingKey(s.key[:0], o.Conversation, o.Addressee, o.Position)

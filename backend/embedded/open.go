@@ -247,7 +247,7 @@ func (d *DB) recover() error {
 	}
 	b := &d.builder
 	if value != nil {
-		if b.last, b.mailboxRows, err = decodeState(value); err != nil {
+		if b.state, err = decodeState(value); err != nil {
 			return err
 		}
 	}
@@ -289,6 +289,12 @@ func (d *DB) Identity() [32]byte { return d.identity }
 
 // LastPosition is the last position ever given when the DB was opened. Call it before Start.
 func (d *DB) LastPosition() uint64 { return d.builder.last }
+
+// LastMs is the latest time, in ms since 1970, that a position or a receipt had when the DB was opened: a new owner
+// whose clock was set back must not date anything before it. Call it before Start.
+func (d *DB) LastMs() int64 {
+	return max(protocol.PositionMillis(d.builder.last), d.builder.receiptMs)
+}
 
 // Start begins the work and must be called exactly once, before the first Append, Commit or Register. The hooks are
 // called from the DB's own goroutines. It wakes the shards that have something to read and reports
@@ -352,7 +358,6 @@ func (d *DB) nowMs() int64 { return d.cfg.Now().UnixMilli() }
 // counters are what Metrics shows, all monotonic.
 type counters struct {
 	appends   atomic.Uint64
-	answers   atomic.Uint64
 	commits   atomic.Uint64
 	registers atomic.Uint64
 	batches   atomic.Uint64

@@ -13,6 +13,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"millrace/backend"
+	"millrace/protocol"
 )
 
 // open opens a directory and closes it when the test ends.
@@ -132,6 +133,36 @@ func TestOtherFormatIsRefused(t *testing.T) {
 		if _, err := Open(Config{Dir: "/data", FS: fs}); errors.Is(err, ErrLocked) {
 			t.Errorf("FORMAT %q: %v", c.text, err)
 		}
+	}
+}
+
+// TestLastMs: receipts may be dated long after the last message, and all of it may be gone from the log.
+func TestLastMs(t *testing.T) {
+	fs := vfs.NewMem()
+	d := open(t, Config{FS: fs, Shards: 1})
+	if d.LastMs() != 0 {
+		t.Fatalf("an empty store has the time %d", d.LastMs())
+	}
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	d.Append(smallRecord(0))
+	position := a.wait(1)[0].Position
+	d.closeNow(t)
+	d = open(t, Config{FS: fs, Shards: 1})
+	if d.LastPosition() != position || d.LastMs() != protocol.PositionMillis(position) {
+		t.Fatalf("last position %d, time %d; want %d", d.LastPosition(), d.LastMs(), position)
+	}
+	changed := protocol.PositionMillis(position) + 3_600_000
+	d.Start(backend.Hooks{})
+	for _, ms := range []int64{changed, changed - 5} {
+		d.Commit(&backend.Commit{Receipts: []backend.ReceiptRow{{
+			ReceiptKey: backend.ReceiptKey{Sender: "a", Conversation: "c", Addressee: "b"}, ChangedMs: ms,
+			Delivered: backend.Mark{Position: position},
+		}}})
+	}
+	d.closeNow(t)
+	if d = open(t, Config{FS: fs, Shards: 1}); d.LastMs() != changed {
+		t.Fatalf("the last receipt was at %d, the time is %d", changed, d.LastMs())
 	}
 }
 

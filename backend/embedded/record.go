@@ -225,17 +225,25 @@ func decodeCount(value []byte) (rows uint32, err error) {
 	return rows, d.end("mailbox count")
 }
 
-// The state of the whole: version (1), last position given (8), mailbox rows (8).
-func appendState(dst []byte, last, mailboxRows uint64) []byte {
-	dst = binary.BigEndian.AppendUint64(append(dst, rowVersion), last)
-	return binary.BigEndian.AppendUint64(dst, mailboxRows)
+// state is what a restart must know of the whole and cannot find in the rows: they are deleted in time. Stored as
+// version (1), last position (8), mailbox rows (8), last receipt in ms (6).
+type state struct {
+	last        uint64 // the last position given, ever
+	mailboxRows uint64 // in all mailboxes
+	receiptMs   int64  // the latest ChangedMs of a receipt, ever
 }
 
-func decodeState(value []byte) (last, mailboxRows uint64, err error) {
+func appendState(dst []byte, s *state) []byte {
+	dst = binary.BigEndian.AppendUint64(append(dst, rowVersion), s.last)
+	dst = binary.BigEndian.AppendUint64(dst, s.mailboxRows)
+	return appendUint48(dst, uint64(max(s.receiptMs, 0)))
+}
+
+func decodeState(value []byte) (s state, err error) {
 	d := decoder{rest: value}
 	d.version()
-	last, mailboxRows = d.uint64(), d.uint64()
-	return last, mailboxRows, d.end("state")
+	s.last, s.mailboxRows, s.receiptMs = d.uint64(), d.uint64(), int64(d.uint48())
+	return s, d.end("state")
 }
 
 // day counts days since 1970 in 16 bits: enough until 2149, and to expire rows by.

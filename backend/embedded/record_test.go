@@ -68,7 +68,7 @@ func TestTruncatedRowsAreRefused(t *testing.T) {
 			func(v []byte) error { _, err := decodeReceipt(v); return err }, -1},
 		"stream": {appendStreamRow(nil, 5, 1), func(v []byte) error { _, err := decodeStreamRow(v); return err }, -1},
 		"count":  {appendCount(nil, 5), func(v []byte) error { _, err := decodeCount(v); return err }, -1},
-		"state":  {appendState(nil, 5, 6), func(v []byte) error { _, _, err := decodeState(v); return err }, -1},
+		"state":  {appendState(nil, &state{5, 6, 7}), func(v []byte) error { _, err := decodeState(v); return err }, -1},
 	}
 	for name, row := range rows {
 		if err := row.decode(row.value); err != nil {
