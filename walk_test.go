@@ -238,6 +238,7 @@ func (c walkClosed) Error() string { return fmt.Sprintf("closed with code %d", u
 // readMessage is the next message of data. A server does not fragment; its pings are answered.
 func (c *walkClient) readMessage() ([]byte, error) {
 	for {
+		//lint:ignore SA1019 the other end is this test's own server
 		f, err := ws.ReadFrame(c.from)
 		if err != nil {
 			return nil, err

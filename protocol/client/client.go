@@ -82,9 +82,9 @@ func (o *Options) validate() error {
 	case u.Scheme != "ws" && u.Scheme != "wss" || u.Host == "":
 		return fmt.Errorf("URL %q: must be like ws://host:port/path or wss://host/path", o.URL)
 	case o.Token == nil:
-		return errors.New("Token is missing")
+		return errors.New("option Token is missing")
 	case o.User != "" && !protocol.ValidUser(o.User):
-		return fmt.Errorf("User %q: must be 1 to %d of letters, digits and ._@-", o.User, protocol.MaxUserBytes)
+		return fmt.Errorf("option User %q: must be 1 to %d of letters, digits and ._@-", o.User, protocol.MaxUserBytes)
 	case o.Encoding > JSON:
 		return fmt.Errorf("Encoding %d is not one", o.Encoding)
 	case o.MaxOutbox < 0 || o.MaxOutbox > LimitMaxOutbox:
@@ -100,7 +100,7 @@ func (o *Options) validate() error {
 		o.Device = protocol.DefaultDevice
 	}
 	if !protocol.ValidDevice(o.Device) {
-		return fmt.Errorf("Device %q: must be 1 to %d of letters, digits and ._@-", o.Device, protocol.MaxDeviceBytes)
+		return fmt.Errorf("option Device %q: must be 1 to %d of letters, digits and ._@-", o.Device, protocol.MaxDeviceBytes)
 	}
 	if o.MaxOutbox == 0 {
 		o.MaxOutbox = DefaultMaxOutbox
