@@ -64,7 +64,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 		// Not method values: they would bind the edge that is not there yet.
 		Answer: func(batch []protocol.Answer) { toEdge.Answer(batch) },
 		Page:   func(page protocol.Page) { toEdge.Page(page) }, Identity: identity[:], Logger: log,
-		NotBeforeMs: protocol.PositionMillis(m.store.LastPosition())})
+		NotBeforeMs: m.store.LastMs()})
 	if err != nil {
 		return nil, err
 	}
