@@ -2,11 +2,14 @@ package client
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -1232,6 +1235,38 @@ func TestPositions(t *testing.T) {
 	}
 	if m := (Message{Position: 1692841226851 << protocol.PositionShift}); m.Time().UnixMilli() != 1692841226851 {
 		t.Fatalf("time %v", m.Time())
+	}
+}
+
+func TestTLS(t *testing.T) {
+	certified := httptest.NewTLSServer(nil)
+	roots := x509.NewCertPool()
+	roots.AddCert(certified.Certificate())
+	config := &tls.Config{Certificates: certified.TLS.Certificates}
+	certified.Close()
+	s := newFakeServer(t)
+	o := s.options("alice")
+	o.URL = "wss://example.com/ws"
+	o.TLSConfig = &tls.Config{RootCAs: roots}
+	plain := o.NetDial
+	o.NetDial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if addr != "example.com:443" {
+			t.Errorf("dials %s", addr)
+		}
+		near, far := net.Pipe()
+		s.wg.Go(func() { defer far.Close(); s.serve(tls.Server(far, config)) })
+		return near, nil
+	}
+	c := mustDial(t, o)
+	mustSend(t, c, "bob", "secret")
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	o.TLSConfig, o.NetDial = nil, plain // a server that does not even speak TLS
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := Dial(ctx, o); err == nil {
+		t.Fatal("connected without TLS")
 	}
 }
 

@@ -52,6 +52,7 @@ type Outbox struct {
 	open    []*Item // numbered, ascending
 	queued  []*Item // not numbered, in the order of Add
 	highest uint64  // highest number ever given under this epoch
+	oldest  int64   // no item was given before, ms since 1970; 0: none is known
 
 	// Of the connection; meaningless without one.
 	connected bool
@@ -96,6 +97,7 @@ func (o *Outbox) Restore(items []Item, highest uint64) {
 	o.highest = highest
 	for i := range items {
 		it := items[i]
+		o.noteAge(&it)
 		if it.Seq == 0 {
 			o.queued = append(o.queued, &it)
 			continue
@@ -135,8 +137,15 @@ func (o *Outbox) Add(it Item) bool {
 		return false
 	}
 	it.Seq, it.earlier, it.inFlight = 0, false, false
+	o.noteAge(&it)
 	o.queued = append(o.queued, &it)
 	return true
+}
+
+func (o *Outbox) noteAge(it *Item) {
+	if o.oldest == 0 || it.QueuedMs < o.oldest {
+		o.oldest = it.QueuedMs
+	}
 }
 
 // Withdraw takes a send back if it has no number yet.
@@ -215,12 +224,17 @@ func (o *Outbox) Refused(seq uint64, code protocol.Code, retryAfterMs uint32, re
 
 // Expire removes and returns the sends that were given UnansweredAfter ago or earlier.
 func (o *Outbox) Expire(now time.Time) []*Item {
-	oldest := now.Add(-UnansweredAfter).UnixMilli()
+	cutoff := now.Add(-UnansweredAfter).UnixMilli()
+	if o.oldest == 0 || o.oldest > cutoff {
+		return nil
+	}
+	o.oldest = 0
 	var expired []*Item
 	for _, list := range []*[]*Item{&o.open, &o.queued} {
 		kept := (*list)[:0]
 		for _, it := range *list {
-			if it.QueuedMs > oldest {
+			if it.QueuedMs > cutoff {
+				o.noteAge(it)
 				kept = append(kept, it)
 				continue
 			}
@@ -236,19 +250,15 @@ func (o *Outbox) Expire(now time.Time) []*Item {
 	return expired
 }
 
-// NextExpiry is when the oldest send will be handed back; zero when there is none.
+// NextExpiry is when to call Expire: not after the oldest send is due, perhaps before. It is zero when there is none.
 func (o *Outbox) NextExpiry() time.Time {
-	oldest := int64(0)
-	o.Items(func(it *Item) bool {
-		if oldest == 0 || it.QueuedMs < oldest {
-			oldest = it.QueuedMs
-		}
-		return true
-	})
-	if oldest == 0 {
+	if o.Len() == 0 {
+		o.oldest = 0
+	}
+	if o.oldest == 0 {
 		return time.Time{}
 	}
-	return time.UnixMilli(oldest).Add(UnansweredAfter)
+	return time.UnixMilli(o.oldest).Add(UnansweredAfter)
 }
 
 // Next says what to do now. Items in Step.Write count as written.
@@ -320,9 +330,8 @@ func (o *Outbox) number(now time.Time) {
 		o.step.Number = append(o.step.Number, it)
 		o.write(it, now)
 	}
-	n := copy(o.queued, o.queued[taken:])
-	clear(o.queued[n:])
-	o.queued = o.queued[:n]
+	clear(o.queued[:taken])
+	o.queued = o.queued[taken:]
 	if o.next > o.last && len(o.queued) > 0 && len(o.open) == 0 {
 		o.step.Reconnect = "the connection has used up its numbers"
 	}

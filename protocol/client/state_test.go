@@ -322,3 +322,41 @@ func TestStateForgetsIdsAfterAYear(t *testing.T) {
 		t.Fatal("an id must be kept for a year and no longer")
 	}
 }
+
+// FuzzStateRecords: whatever stands in a frame whose checksum is right, reading it ends with a state or an error.
+func FuzzStateRecords(f *testing.F) {
+	it := &Item{Local: 3, Seq: 9, Receiver: "bob", Text: "x", QueuedMs: 5}
+	b := appendIdentity(nil, "phone", "alice")
+	b = appendQueued(b, it)
+	b = appendRecord(b, recNumbered, it.Local, it.Seq)
+	b = appendShown(b, shownID{testID(1), 7})
+	b = appendRecord(b, recReceiptsAfter, 77)
+	b = appendRecord(b, recCounters, 4, 9)
+	f.Add(b)
+	f.Add(appendRecord(b, recEnded, it.Local))
+	f.Add(b[:len(b)-1])
+	f.Fuzz(func(t *testing.T, records []byte) {
+		st := &state{device: "phone", shown: newShownSet(10)}
+		r := replayer{st: st, open: make(map[uint64]*Item)}
+		err := r.apply(records)
+		if st.shown.len() > 10 || len(r.items()) > len(records) || err == nil && len(records) > 0 && records[0] > recCounters {
+			t.Fatalf("%x: %v, %d ids, %d items", records, err, st.shown.len(), len(r.items()))
+		}
+	})
+}
+
+// FuzzStateFile: no file makes opening panic or hang.
+func FuzzStateFile(f *testing.F) {
+	st := &state{path: "x", device: "phone", nextLocal: 1, epoch: 9, shown: newShownSet(10)}
+	whole := st.snapshotBytes(nil, 0)
+	f.Add(whole)
+	f.Add(whole[:len(whole)-3])
+	f.Add(append(whole, 1, 2, 3))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		st := &state{device: "phone", shown: newShownSet(10)}
+		_, _, err := st.replay(content)
+		if err == nil && (st.size < int64(stateHeaderBytes) || st.size+st.repaired != int64(len(content))) {
+			t.Fatalf("size %d, repaired %d of %d", st.size, st.repaired, len(content))
+		}
+	})
+}
