@@ -190,6 +190,10 @@ type collector struct{ src source }
 
 func (collector) Describe(chan<- *prometheus.Desc) {}
 
+// violations ends the names under which islands count what would have broken a promise. Whoever is alarmed
+// by them does not care where: they become one metric, with the promise as label.
+const violations = "_invariant_violations_total"
+
 // sample is one value being added up.
 type sample struct {
 	name, help string
@@ -205,6 +209,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	c.src.Metrics(func(name, help string, counter bool, value float64, labels ...string) {
 		if len(labels)%2 != 0 {
 			panic("metric " + name + " has a label without a value")
+		}
+		if strings.HasSuffix(name, violations) {
+			name, help = "millrace"+violations, "Promises that were about to be broken. Anything but 0 is a fault of the program."
 		}
 		key := name + "\xff" + strings.Join(labels, "\xff")
 		if s := byKey[key]; s != nil {

@@ -93,8 +93,8 @@ func TestMetrics(t *testing.T) {
 		emit("millrace_edge_frames_total", "Frames.", true, 5, "direction", "in")
 		emit("millrace_edge_frames_total", "Frames.", true, 7, "direction", "out")
 		// Two islands may watch the same promise.
-		emit("millrace_invariant_violations_total", "Broken promises.", true, 1, "promise", "P3")
-		emit("millrace_invariant_violations_total", "Broken promises.", true, 2, "promise", "P3")
+		emit("millrace_edge_invariant_violations_total", "At the edge.", true, 1, "promise", "P3")
+		emit("millrace_backend_invariant_violations_total", "At the owner.", true, 2, "promise", "P3")
 		emit("millrace_bad-name", "Not a name: costs one value, not the scrape.", false, 1)
 	}})
 	status, body := get("/metrics")
@@ -112,6 +112,9 @@ func TestMetrics(t *testing.T) {
 		if !strings.Contains(body, want) {
 			t.Errorf("%q is missing in\n%s", want, body)
 		}
+	}
+	if strings.Contains(body, "edge_invariant") {
+		t.Error("an island's violations have a name of their own")
 	}
 	if strings.Contains(body, "bad-name") {
 		t.Error("an invalid metric was written")
