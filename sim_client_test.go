@@ -94,19 +94,7 @@ func (s *sim) answer(a protocol.Answer) {
 
 func (s *sim) refused(p protocol.Push) {
 	m := p.Message
-	device := ""
-	for _, d := range s.owners[m.Conversation%uint64(len(s.owners))].routesSent(p) {
-		device = d
-	}
-	s.outcome(m.Conversation, backend.Settlement{Kind: protocol.Refused, Position: m.Position, ID: m.ID, User: m.Receiver, Device: device})
-}
-
-// routesSent finds the device of a session that is gone: an edge keeps it, the simulation remembers it by connection.
-func (o *simOwner) routesSent(p protocol.Push) []string {
-	if d, ok := o.sim.truth.deviceOf[p.To.Conn]; ok {
-		return []string{d}
-	}
-	return nil
+	s.outcome(m.Conversation, backend.Settlement{Kind: protocol.Refused, Position: m.Position, ID: m.ID, User: m.Receiver, Device: p.Device})
 }
 
 // outcome goes to whoever owns the conversation now.
@@ -383,7 +371,6 @@ func (c *simClient) connect() {
 	conn.session = session
 	c.conn, c.ready = conn, false
 	e.sessions[conn.id] = session
-	s.truth.deviceOf[conn.id] = c.disk.device
 	s.after(300, func() { // a registration lost in a crash
 		if c.conn == conn && !c.ready {
 			c.drop("no connected")
@@ -698,7 +685,6 @@ type simTruth struct {
 	shownBy  []simShown
 	excused  []simShown // acknowledged by an installation that forgot it, or shown by a clone's twin
 	receipts map[[2]string]uint64
-	deviceOf map[uint64]string
 }
 
 type simShown struct {

@@ -103,7 +103,7 @@ func newSim(seed uint64, opt *simOptions, mut string) *sim {
 	}
 	s.identity, _ = backend.NewIdentity(make([]byte, backend.SecretBytes))
 	s.truth = &simTruth{sim: s, sends: map[string]*simTruthSend{}, ids: map[protocol.MessageID]*simTruthSend{}, acked: map[protocol.MessageID]bool{},
-		receipts: map[[2]string]uint64{}, deviceOf: map[uint64]string{}}
+		receipts: map[[2]string]uint64{}}
 	s.store = newSimStore(s)
 	s.queue = newSimQueue(s)
 	for n := range s.opt.Shards {
@@ -740,7 +740,7 @@ func (o *simOwner) tick() {
 }
 
 func (o *simOwner) settle(out backend.Settlement) {
-	o.owner.Settle(o.sim.now, []backend.Settlement{out})
+	o.owner.Settle([]backend.Settlement{out})
 	o.act()
 }
 

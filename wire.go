@@ -72,7 +72,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 		Addr: cfg.Edge.Addr, MaxConnections: cfg.Edge.MaxConnections, Origins: cfg.Edge.Origins,
 		Rate:   edge.RateLimit{PerSecond: float64(cfg.Edge.MessageRate), Burst: cfg.Edge.MessageBurst},
 		EdgeID: edgeID, Token: verifier, Publisher: m.owner, Acknowledger: m.owner, Mailbox: m.owner,
-		Registrar: newRegistrar(m.store, m.table, toEdge), Logger: log, CrashPoint: backend.CrashPoint,
+		Registrar: &registrar{store: m.store, table: m.table, edge: toEdge}, Logger: log, CrashPoint: backend.CrashPoint,
 	})
 	if err != nil {
 		return nil, err
@@ -181,10 +181,6 @@ type registrar struct {
 	store *embedded.DB
 	table *router.Table
 	edge  *edgeLink
-}
-
-func newRegistrar(store *embedded.DB, table *router.Table, edge *edgeLink) *registrar {
-	return &registrar{store: store, table: table, edge: edge}
 }
 
 // Register makes the device and the block durable, then binds the route as draining, then tells the edge.

@@ -80,11 +80,11 @@ var mailboxReasonNames = [mailboxReasons]string{"no_device", "no_route", "draini
 
 func (r MailboxReason) String() string { return mailboxReasonNames[r] }
 
-// Actions are what the owner wants done, in this order. The slices are the owner's and valid until its
-// next call.
+// Actions are what the owner wants done, in this order: a notice goes before the pushes that came after the mailbox
+// row it tells of. The slices are the owner's and valid until its next call.
 type Actions struct {
-	Pushes   []protocol.Push
 	Notices  []protocol.Session
+	Pushes   []protocol.Push
 	Receipts []protocol.ReceiptPush
 }
 
@@ -180,9 +180,9 @@ func (o *Owner) Actions() *Actions { return &o.actions }
 
 // ClearActions forgets the actions that were done.
 func (o *Owner) ClearActions() {
+	o.actions.Notices = o.actions.Notices[:0]
 	clear(o.actions.Pushes)
 	o.actions.Pushes = o.actions.Pushes[:0]
-	o.actions.Notices = o.actions.Notices[:0]
 	clear(o.actions.Receipts)
 	o.actions.Receipts = o.actions.Receipts[:0]
 }
@@ -308,7 +308,7 @@ func (o *Owner) writeMailbox(e *entry, i int, r *Record, reason MailboxReason) {
 }
 
 // Settle takes what became of pushes.
-func (o *Owner) Settle(nowMs int64, outcomes []Settlement) {
+func (o *Owner) Settle(outcomes []Settlement) {
 	for i := range outcomes {
 		out := &outcomes[i]
 		e := o.flying[out.Position]
@@ -386,13 +386,22 @@ func (o *Owner) firstAcknowledgement(e *entry) error {
 		return fmt.Errorf("read receipt: %w", err)
 	}
 	if e.finished { // it left an outstanding row
-		if err := rc.settle(o.cfg.Reader, e.position, o.number); err != nil {
-			return fmt.Errorf("read outstanding: %w", err)
+		if err := o.settleOutstanding(rc, e.position); err != nil {
+			return err
 		}
-		o.next.Settled = append(o.next.Settled, rc.outstandingKey(e.position))
 	}
 	e.acked = true
 	rc.acknowledge(e.mark())
+	return nil
+}
+
+// settleOutstanding deletes, in the commit being gathered, the row that a message left when it was finished without an
+// acknowledgement.
+func (o *Owner) settleOutstanding(rc *receipt, position uint64) error {
+	if err := rc.settle(o.cfg.Reader, position, o.number); err != nil {
+		return fmt.Errorf("read outstanding: %w", err)
+	}
+	o.next.Settled = append(o.next.Settled, rc.outstandingKey(position))
 	return nil
 }
 
@@ -430,10 +439,9 @@ func (o *Owner) acknowledgeStored(key MailboxKey, r *Record) error {
 		return fmt.Errorf("read outstanding: %w", err)
 	}
 	if first {
-		if err := rc.settle(o.cfg.Reader, r.Position, o.number); err != nil {
-			return fmt.Errorf("read outstanding: %w", err)
+		if err := o.settleOutstanding(rc, r.Position); err != nil {
+			return err
 		}
-		o.next.Settled = append(o.next.Settled, rc.outstandingKey(r.Position))
 		rc.acknowledge(Mark{Position: r.Position, ID: r.ID, Device: r.Device, Epoch: r.Epoch, Seq: r.Seq})
 	}
 	o.touch(conv)

@@ -35,7 +35,7 @@ type Config struct {
 	// NotBeforeMs is a time, ms since 1970, before which no receipt may be dated: at or after every receipt dated
 	// by an earlier process on the same data, whatever the clock did since.
 	NotBeforeMs int64
-	// AcknowledgeAfter is how long a push may stay unacknowledged. Default 10 s.
+	// AcknowledgeAfter is how long a push may stay unacknowledged; 0 is the default of OwnerConfig.
 	AcknowledgeAfter time.Duration
 }
 
@@ -48,9 +48,6 @@ func (c *Config) validate() error {
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
-	}
-	if c.AcknowledgeAfter == 0 {
-		c.AcknowledgeAfter = protocol.AcknowledgeSeconds * time.Second
 	}
 	return nil
 }
@@ -251,7 +248,7 @@ func (sh *shard) step() (more bool) {
 	for range committed {
 		sh.owner.Committed()
 	}
-	sh.owner.Settle(now, sh.settling)
+	sh.owner.Settle(sh.settling)
 	more = sh.take(now)
 	sh.owner.Tick(now)
 	sh.commit(now)

@@ -145,21 +145,24 @@ func (d *Downlink) Notify() Effects {
 		return 0
 	}
 	d.turnDraining()
-	return StateChanged | d.beginPass()
+	return StateChanged | d.read()
 }
 
+// turnDraining leaves the next pass to its caller: at once, or after a pause.
 func (d *Downlink) turnDraining() {
 	d.live = false
 	d.generation++
-	d.paused = false
-	d.borrow().cursor = protocol.MailboxCursor{}
-	d.noticed = false
+	d.rewind()
 }
 
 func (d *Downlink) beginPass() Effects {
+	d.rewind()
+	return d.read()
+}
+
+func (d *Downlink) rewind() {
 	d.borrow().cursor = protocol.MailboxCursor{}
 	d.noticed, d.paused = false, false
-	return d.read()
 }
 
 func (d *Downlink) read() Effects {

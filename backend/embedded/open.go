@@ -287,9 +287,6 @@ func (d *DB) recover() error {
 // Identity is the secret that message ids are derived from: made once, kept with the data, never shown.
 func (d *DB) Identity() [32]byte { return d.identity }
 
-// LastPosition is the last position ever given when the DB was opened. Call it before Start.
-func (d *DB) LastPosition() uint64 { return d.builder.last }
-
 // LastMs is the latest time, in ms since 1970, that a position or a receipt had when the DB was opened: a new owner
 // whose clock was set back must not date anything before it. Call it before Start.
 func (d *DB) LastMs() int64 {

@@ -149,8 +149,8 @@ func TestLastMs(t *testing.T) {
 	position := a.wait(1)[0].Position
 	d.closeNow(t)
 	d = open(t, Config{FS: fs, Shards: 1})
-	if d.LastPosition() != position || d.LastMs() != protocol.PositionMillis(position) {
-		t.Fatalf("last position %d, time %d; want %d", d.LastPosition(), d.LastMs(), position)
+	if d.builder.last != position || d.LastMs() != protocol.PositionMillis(position) {
+		t.Fatalf("last position %d, time %d; want %d", d.builder.last, d.LastMs(), position)
 	}
 	changed := protocol.PositionMillis(position) + 3_600_000
 	d.Start(backend.Hooks{})
