@@ -1,13 +1,8 @@
 package main
 
 import (
-	"bufio"
-	"context"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -28,15 +23,17 @@ const settleAfter = 60 * time.Second
 func BenchmarkIdleConnection(b *testing.B) {
 	for _, n := range []int{1_000, 10_000} {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
-			server := startBinary(b)
-			defer server.stop()
-			before := server.residentBytes(b)
-			tokens := server.config
+			server := newVictim(b, b.TempDir(), "")
+			b.Cleanup(server.kill)
+			if early := server.start(""); early {
+				b.Fatalf("the server did not start:\n%s", server.log())
+			}
+			before := residentBytes(b, server.process.Process.Pid)
 			for i := range n {
-				server.hold(b, tokens, fmt.Sprintf("user-%06d", i))
+				hold(b, server, fmt.Sprintf("user-%06d", i))
 			}
 			time.Sleep(settleAfter) // part of the definition: heartbeats and collections go on meanwhile
-			after := server.residentBytes(b)
+			after := residentBytes(b, server.process.Process.Pid)
 			b.ReportMetric(float64(after-before)/float64(n), "B/connection")
 			b.ReportMetric(float64(before)/1e6, "MB-empty")
 			b.ReportMetric(0, "ns/op")
@@ -44,62 +41,8 @@ func BenchmarkIdleConnection(b *testing.B) {
 	}
 }
 
-// binary is the real server as a child process.
-type binary struct {
-	process *exec.Cmd
-	edge    string
-	config  Config
-	conns   []net.Conn
-}
-
-func startBinary(tb testing.TB) *binary {
-	dir := tb.TempDir()
-	path := filepath.Join(dir, "millrace")
-	build := exec.Command("go", "build", "-o", path, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		tb.Fatalf("build: %v\n%s", err, out)
-	}
-	s := &binary{config: defaultConfig()}
-	s.config.Data.Dir = filepath.Join(dir, "data")
-	ctx, cancel := context.WithCancel(context.Background())
-	tb.Cleanup(cancel) // kills the child whatever happens
-	s.process = exec.CommandContext(ctx, path, "serve", "--edge-addr", "127.0.0.1:0", "--admin-addr", "127.0.0.1:0",
-		"--data-dir", s.config.Data.Dir, "--log-format", "text")
-	out, err := s.process.StderrPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := s.process.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	lines := bufio.NewScanner(out)
-	for s.edge == "" && lines.Scan() {
-		if _, rest, ok := strings.Cut(lines.Text(), "edge="); ok {
-			s.edge, _, _ = strings.Cut(rest, " ")
-		}
-	}
-	if s.edge == "" {
-		tb.Fatal("the server did not say where it listens")
-	}
-	go func() {
-		for lines.Scan() { // a full pipe would stop the server
-			continue
-		}
-	}()
-	return s
-}
-
-func (s *binary) stop() {
-	for _, c := range s.conns {
-		c.Close()
-	}
-	_ = s.process.Process.Kill()
-	_ = s.process.Wait()
-}
-
-func (s *binary) residentBytes(tb testing.TB) int64 {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.process.Process.Pid))
+func residentBytes(tb testing.TB, pid int) int64 {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -116,20 +59,20 @@ func (s *binary) residentBytes(tb testing.TB) int64 {
 	return 0
 }
 
-// hold opens a connection, waits for connected, and answers pings until it is closed.
-func (s *binary) hold(tb testing.TB, c Config, user string) {
-	signed, err := signToken(c, user, time.Hour)
+// hold opens a connection, waits for connected, and answers pings until the benchmark ends.
+func hold(tb testing.TB, s *victim, user string) {
+	signed, err := signToken(s.config, user, time.Hour)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	conn, reader, _, err := ws.Dialer{Protocols: []string{protocol.SubprotocolBinary}, Timeout: 10 * time.Second}.Dial(tb.Context(), "ws://"+s.edge+"/ws")
+	conn, reader, _, err := ws.Dialer{Protocols: []string{protocol.SubprotocolBinary}, Timeout: 10 * time.Second}.Dial(tb.Context(), "ws://"+s.addr+"/ws")
 	if err != nil {
 		tb.Fatal(err)
 	}
 	if reader != nil {
 		ws.PutReader(reader)
 	}
-	s.conns = append(s.conns, conn)
+	tb.Cleanup(func() { conn.Close() })
 	f := protocol.Frame{Kind: protocol.KindConnect, Token: []byte(signed), Device: []byte(protocol.DefaultDevice)}
 	if err := wsutil.WriteClientBinary(conn, protocol.AppendBinary(nil, &f)); err != nil {
 		tb.Fatal(err)

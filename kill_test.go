@@ -55,7 +55,7 @@ var crashPoints = []struct {
 // of its addressee and its sender has been told. -kills says how often; the crash points take turns, from a random one on.
 func TestKill(t *testing.T) {
 	dir := t.TempDir()
-	s := newVictim(t, dir)
+	s := newVictim(t, dir, "crashpoints")
 	t.Cleanup(s.kill)
 	if early := s.start(""); early {
 		t.Fatalf("the server did not start:\n%s", s.log())
@@ -330,10 +330,10 @@ func (p *person) show(ctx context.Context, c *client.Client) {
 	}
 }
 
-// victim is the server that is killed. It keeps its address and its data.
+// victim is the real server as a child process, which may be killed and started again. It keeps its address and its data.
 type victim struct {
 	// Immutable.
-	t      *testing.T
+	t      testing.TB
 	path   string
 	config Config
 	addr   string
@@ -346,21 +346,21 @@ type victim struct {
 	lines []string // guarded by mu: the last that it said
 }
 
-// newVictim builds the binary with crash points; without it there is nothing to test.
-func newVictim(t *testing.T, dir string) *victim {
+// newVictim builds the binary, with build tags if tags is not empty; without it there is nothing to test.
+func newVictim(t testing.TB, dir, tags string) *victim {
 	t.Helper()
 	s := &victim{t: t, path: filepath.Join(dir, "millrace"), config: defaultConfig(), addr: freeFixedAddr(t)}
 	s.config.Data.Dir = filepath.Join(dir, "data")
-	build := exec.CommandContext(t.Context(), "go", "build", "-tags", "crashpoints", "-buildvcs=false", "-o", s.path, ".")
+	build := exec.CommandContext(t.Context(), "go", "build", "-tags", tags, "-buildvcs=false", "-o", s.path, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build with crash points: %v\n%s", err, out)
+		t.Fatalf("build with tags %q: %v\n%s", tags, err, out)
 	}
 	return s
 }
 
 // freeFixedAddr is an address that no outgoing connection is given while no server listens on it.
-func freeFixedAddr(t *testing.T) string {
+func freeFixedAddr(t testing.TB) string {
 	t.Helper()
 	var err error
 	for range 100 {

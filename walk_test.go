@@ -842,8 +842,8 @@ func TestWalkMailbox(t *testing.T) {
 	})
 }
 
-// TestWalkBrokenDrain disconnects at every step of a drain: before connected, after it, and after each push, with and
-// without its acknowledgement. Nothing is lost, and the order of what is new never breaks.
+// TestWalkBrokenDrain disconnects in 30 places of a drain: before connected, and after up to 28 pushes, with at most one
+// acknowledgement. Nothing is lost, and the order of what is new never breaks.
 func TestWalkBrokenDrain(t *testing.T) {
 	eachEncoding(t, func(t *testing.T, s *walkServer, enc walkEncoding) {
 		const waiting, steps = 40, 30
