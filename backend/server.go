@@ -241,6 +241,10 @@ func (sh *shard) run() {
 	}
 }
 
+// Step does one round of a shard and reports whether there may be more to do at once. It is for a caller that drives
+// the shards itself, from one goroutine, instead of Start.
+func (s *Server) Step(shard int) (more bool) { return s.shards[shard].step() }
+
 // step does one round: outcomes in, records in, actions out. It reports whether there may be more to do at once.
 func (sh *shard) step() (more bool) {
 	now := sh.server.nowMs()
