@@ -145,7 +145,7 @@ func (e *simEdge) remove(s *simSession, orderly bool) {
 func (e *simEdge) sweep() {
 	for _, id := range sortedKeys(e.sessions) {
 		if s := e.sessions[id]; s != nil && s.open {
-			s.effects(s.down.Sweep(uint32(e.sim.now/1000), s.buffered(), true))
+			s.effects(s.down.Sweep(uint32(e.sim.now/1000), s.buffered(), true, 0))
 		}
 	}
 }
@@ -184,7 +184,8 @@ func (s *simSession) effects(e edge.Effects) {
 
 func (s *simSession) readPage() {
 	sm := s.edge.sim
-	r := protocol.PageRequest{Session: s.ref(), User: s.user, Device: s.device, Heir: s.down.Heir(), After: s.down.Cursor(), Limit: min(4, s.down.PageLimit())}
+	after, limit := s.down.Request(0)
+	r := protocol.PageRequest{Session: s.ref(), User: s.user, Device: s.device, Heir: s.down.Heir(), After: after, Limit: min(4, limit)}
 	sm.after(sm.rng.Int64N(15), func() {
 		page, err := backend.ReadMailboxPage(sm.store, &r)
 		if err != nil {
@@ -297,7 +298,7 @@ func (s *simSession) send(seq uint64, to string, content string) {
 }
 
 func (s *simSession) acknowledge(id protocol.MessageID) {
-	p, ok, e := s.down.Acknowledge(id, s.room())
+	p, ok, e := s.down.Acknowledge(id, s.room(), 1, 0)
 	if ok {
 		s.outcome(protocol.Acknowledged, p)
 	}

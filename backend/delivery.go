@@ -307,20 +307,18 @@ func (o *Owner) writeMailbox(e *entry, i int, r *Record, reason MailboxReason) {
 	o.stats.Mailboxed[reason]++
 }
 
-// Settle takes what became of pushes.
-func (o *Owner) Settle(outcomes []Settlement) {
+// Settle takes what became of pushes. Those for which a read failed are moved to the front; give these failed ones to the
+// next call again. The others are cleared.
+func (o *Owner) Settle(outcomes []Settlement) (failed int) {
 	for i := range outcomes {
-		out := &outcomes[i]
-		e := o.flying[out.Position]
-		switch {
-		case e != nil && e.id == out.ID:
-			o.settle(e, out)
-		case out.Kind == protocol.Acknowledged:
-			o.settleStored(out)
-		default:
-			o.stats.Ignored++
+		if err := o.settle(&outcomes[i]); err != nil {
+			o.stats.ReadErrors++
+			outcomes[failed] = outcomes[i]
+			failed++
 		}
 	}
+	clear(outcomes[failed:])
+	return failed
 }
 
 // Settlement is a protocol.Outcome whose strings are its own. Device is "" for the user's mailbox.
@@ -332,10 +330,22 @@ type Settlement struct {
 	Device   string
 }
 
-func (o *Owner) settle(e *entry, out *Settlement) {
+func (o *Owner) settle(out *Settlement) error {
+	e := o.flying[out.Position]
+	switch {
+	case e != nil && e.id == out.ID:
+		return o.settleFlying(e, out)
+	case out.Kind == protocol.Acknowledged:
+		return o.settleStored(out)
+	}
+	o.stats.Ignored++
+	return nil
+}
+
+func (o *Owner) settleFlying(e *entry, out *Settlement) error {
 	if out.User != e.receiver {
 		o.stats.Ignored++
-		return
+		return nil
 	}
 	for i := range e.deliveries {
 		d := &e.deliveries[i]
@@ -344,7 +354,7 @@ func (o *Owner) settle(e *entry, out *Settlement) {
 		}
 		switch {
 		case out.Kind == protocol.Acknowledged && d.state != delivered:
-			o.acknowledge(e, d)
+			return o.acknowledge(e, d)
 		case out.Kind != protocol.Acknowledged && d.state == pushed:
 			reason := MailboxRefused
 			if out.Kind == protocol.Lost {
@@ -354,18 +364,18 @@ func (o *Owner) settle(e *entry, out *Settlement) {
 		default:
 			o.stats.Ignored++
 		}
-		return
+		return nil
 	}
 	o.stats.Ignored++
+	return nil
 }
 
 // acknowledge records that one device has the message, live, drained or late. When a read that it needs fails, nothing
-// changes: the message goes to the mailbox in time and is acknowledged again.
-func (o *Owner) acknowledge(e *entry, d *delivery) {
+// changes.
+func (o *Owner) acknowledge(e *entry, d *delivery) error {
 	if !e.acked {
 		if err := o.firstAcknowledgement(e); err != nil {
-			o.stats.ReadErrors++
-			return
+			return err
 		}
 	}
 	if d.state != pushed {
@@ -378,6 +388,7 @@ func (o *Owner) acknowledge(e *entry, d *delivery) {
 	d.state = delivered
 	o.stats.Acknowledged++
 	o.touch(e.conv)
+	return nil
 }
 
 func (o *Owner) firstAcknowledgement(e *entry) error {
@@ -412,19 +423,17 @@ func (e *entry) mark() Mark {
 }
 
 // settleStored takes the acknowledgement of a message that is finished: drained or late.
-func (o *Owner) settleStored(out *Settlement) {
+func (o *Owner) settleStored(out *Settlement) error {
 	key := MailboxKey{User: out.User, Device: out.Device, Position: out.Position, ID: out.ID}
 	r, ok, err := o.cfg.Reader.MailboxRow(key)
-	if err == nil && !ok {
+	switch {
+	case err != nil:
+		return fmt.Errorf("read mailbox row: %w", err)
+	case !ok:
 		o.stats.Ignored++
-		return
+		return nil
 	}
-	if err == nil {
-		err = o.acknowledgeStored(key, r)
-	}
-	if err != nil {
-		o.stats.ReadErrors++ // the row stays and is pushed again by the next drain
-	}
+	return o.acknowledgeStored(key, r)
 }
 
 func (o *Owner) acknowledgeStored(key MailboxKey, r *Record) error {

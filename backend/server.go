@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +30,7 @@ type Config struct {
 	Pusher   Pusher
 	Answer   func(batch []protocol.Answer) // to the edges; must not block
 	Page     func(page protocol.Page)      // to the edges; must not block
+	Fenced   func(fence protocol.Fence)    // to the edges; must not block
 	Identity []byte                        // the secret, SecretBytes long
 	Now      func() time.Time
 	Logger   *slog.Logger
@@ -40,8 +42,8 @@ type Config struct {
 }
 
 func (c *Config) validate() error {
-	if c.Queue == nil || c.Store == nil || c.Locator == nil || c.Pusher == nil || c.Answer == nil || c.Page == nil {
-		return errors.New("backend: Queue, Store, Locator, Pusher, Answer and Page are required")
+	if c.Queue == nil || c.Store == nil || c.Locator == nil || c.Pusher == nil || c.Answer == nil || c.Page == nil || c.Fenced == nil {
+		return errors.New("backend: Queue, Store, Locator, Pusher, Answer, Page and Fenced are required")
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -73,13 +75,19 @@ type shard struct {
 
 	mu        sync.Mutex // guards the following fields
 	outcomes  []Settlement
+	fences    []*fence // behind outcomes
 	committed int
 	names     map[string]string
 
-	wake      chan struct{} // capacity 1
-	settling  []Settlement  // owned by run; swapped with outcomes
-	records   []*Record     // owned by run: read and not taken
-	readFails int           // owned by run
+	wake chan struct{} // capacity 1
+
+	// Owned by run.
+	settling  []Settlement // swapped with outcomes
+	records   []*Record    // read and not taken
+	asked     []*fence     // behind settling
+	held      []heldFence  // by commit
+	durable   uint64       // commits
+	readFails int
 
 	report   sync.Mutex // guards the following fields
 	stats    OwnerStats // a copy, for Metrics
@@ -88,6 +96,18 @@ type shard struct {
 	idle     bool   // the last step left nothing to take or to commit
 
 	caughtUp atomic.Bool // the log was read to its end at least once
+}
+
+// fence is one that waits for some shards.
+type fence struct {
+	protocol.Fence
+	shards atomic.Int32 // that it waits for
+}
+
+// heldFence waits for a commit of one shard, counted from 1.
+type heldFence struct {
+	*fence
+	commit uint64
 }
 
 // NewServer builds a Server; Start runs it.
@@ -189,6 +209,18 @@ func (s *Server) Settle(batch []protocol.Outcome) {
 	}
 }
 
+// Fence asks for Config.Fenced when everything settled before is durable; it implements edge.Acknowledger.
+func (s *Server) Fence(f protocol.Fence) {
+	asked := &fence{Fence: f}
+	asked.shards.Store(int32(len(s.shards)))
+	for _, sh := range s.shards {
+		sh.mu.Lock()
+		sh.fences = append(sh.fences, asked)
+		sh.mu.Unlock()
+		sh.signal()
+	}
+}
+
 func (sh *shard) settle(out *protocol.Outcome) {
 	sh.mu.Lock()
 	device := ""
@@ -251,12 +283,15 @@ func (sh *shard) step() (more bool) {
 	committed := sh.swap()
 	for range committed {
 		sh.owner.Committed()
+		sh.durable++
 	}
-	sh.owner.Settle(sh.settling)
+	sh.settling = sh.settling[:sh.owner.Settle(sh.settling)]
+	sh.holdFences()
 	more = sh.take(now)
 	sh.owner.Tick(now)
 	sh.commit(now)
 	sh.act()
+	sh.answerFences()
 	sh.publish(more)
 	return more
 }
@@ -267,13 +302,48 @@ func (s *Server) nowMs() int64 {
 	return max(s.started.UnixMilli(), s.cfg.NotBeforeMs) + s.cfg.Now().Sub(s.started).Milliseconds()
 }
 
+// swap takes what came since the last step. Outcomes that could not be settled, because a read failed, go first.
 func (sh *shard) swap() (committed int) {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	clear(sh.settling)
-	sh.settling, sh.outcomes = sh.outcomes, sh.settling[:0]
+	if len(sh.settling) == 0 {
+		sh.settling, sh.outcomes = sh.outcomes, sh.settling
+	} else {
+		sh.settling = append(sh.settling, sh.outcomes...)
+		clear(sh.outcomes)
+		sh.outcomes = sh.outcomes[:0]
+	}
+	sh.asked = append(sh.asked, sh.fences...)
+	sh.fences = sh.fences[:0]
 	committed, sh.committed = sh.committed, 0
 	return committed
+}
+
+// holdFences gives each fence the commit that it waits for: the one that is being gathered, if it holds anything, else the
+// last one given out. Outcomes that could not be settled hold all back.
+func (sh *shard) holdFences() {
+	if len(sh.settling) > 0 {
+		return
+	}
+	commit := sh.owner.Stats().Commits
+	if sh.owner.Dirty() {
+		commit++
+	}
+	for _, f := range sh.asked {
+		sh.held = append(sh.held, heldFence{f, commit})
+	}
+	sh.asked = sh.asked[:0]
+}
+
+// answerFences answers those whose commit is durable.
+func (sh *shard) answerFences() {
+	n := 0
+	for ; n < len(sh.held) && sh.held[n].commit <= sh.durable; n++ {
+		if f := sh.held[n].fence; f.shards.Add(-1) == 0 {
+			sh.server.cfg.Fenced(f.Fence)
+		}
+	}
+	sh.held = slices.Delete(sh.held, 0, n)
 }
 
 // take reads the next records and gives them to the owner. What the owner could not decide about, because a

@@ -53,6 +53,10 @@ func TestNoAllocations(t *testing.T) {
 			if b.l.traffic(a.conn, data) {
 				t.Fatal("closed")
 			}
+			if seq%32 == 0 {
+				b.l.requestFence()
+				b.s.Fenced(protocol.Fence{Edge: session.Edge, Number: b.l.fence - 1})
+			}
 		}
 		b.s.cfg.Acknowledger = ignoreOutcomes{}
 		if n := testing.AllocsPerRun(2000, push); n != 0 {

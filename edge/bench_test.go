@@ -69,6 +69,7 @@ func BenchmarkPush(b *testing.B) {
 type ignoreOutcomes struct{}
 
 func (ignoreOutcomes) Settle([]protocol.Outcome) {}
+func (ignoreOutcomes) Fence(protocol.Fence)      {}
 
 var scratchFrame protocol.Frame
 var scratchIDs [1]protocol.MessageID

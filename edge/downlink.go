@@ -236,13 +236,14 @@ func (l *loop) act(c *conn, e Effects) {
 	}
 	if e&ReadPage != 0 && !c.has(flagLeaving) {
 		user, device := l.names.get(c.names)
+		after, limit := c.down.Request(l.fenced)
 		l.server.cfg.Mailbox.ReadPage(protocol.PageRequest{
 			Session: l.session(c),
 			User:    string(user),
 			Device:  string(device),
 			Heir:    c.down.Heir(),
-			After:   c.down.Cursor(),
-			Limit:   c.down.PageLimit(),
+			After:   after,
+			Limit:   limit,
 		})
 	}
 	if e&CloseSlow != 0 {
@@ -253,12 +254,13 @@ func (l *loop) act(c *conn, e Effects) {
 // acknowledge takes messages out of flight and tells their owners.
 func (l *loop) acknowledge(c *conn, f *protocol.Frame) {
 	for _, id := range f.IDs {
-		p, ok, effects := c.down.Acknowledge(id, l.room(c, messageBytes))
+		p, ok, effects := c.down.Acknowledge(id, l.room(c, messageBytes), l.fence, l.fenced)
 		if !ok {
 			l.m.ignoredAcks++
 			continue
 		}
 		l.m.acks++
+		l.unfenced = true
 		l.outcome(c, protocol.Acknowledged, &p)
 		l.act(c, effects)
 	}
@@ -287,6 +289,15 @@ func (l *loop) settle() {
 		clear(l.outcomes)
 		l.outcomes = l.outcomes[:0]
 		l.outcomeNames = l.outcomeNames[:0]
+	}
+}
+
+// requestFence asks when what was settled is durable, one fence at a time. It follows end, which settles.
+func (l *loop) requestFence() {
+	if l.unfenced && l.fenced+1 == l.fence {
+		l.unfenced = false
+		l.fence++
+		l.server.cfg.Acknowledger.Fence(protocol.Fence{Edge: l.server.cfg.EdgeID, Loop: l.index, Number: l.fence - 1})
 	}
 }
 

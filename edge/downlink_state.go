@@ -1,6 +1,10 @@
 package edge
 
 import (
+	"bytes"
+	"cmp"
+	"slices"
+	"sort"
 	"sync"
 
 	"millrace/protocol"
@@ -10,9 +14,9 @@ import (
 const (
 	resumeBelow   = protocol.MaxUnacknowledged / 2 // a paused drain goes on when acknowledgements bring it here
 	pageRows      = 128                            // rows asked for at once; a paused drain resumes with this much room
-	recentAcks    = 2048                           // deletions are committed within 100 ms: 20 000 acknowledgements a second
+	maxUnfenced   = 8192                           // acknowledgements remembered; a fence takes 0.2 s: 40 000 a second
 	slowSeconds   = 60                             // without progress at a limit, then closed
-	flightKeepCap = 64                             // entries; larger ones are not kept in the pool
+	flightKeepCap = 64                             // entries; larger lists are not kept in the pool
 )
 
 // Downlink is the pure state of what one connection is given: live or draining, the pass of a drain, and what is in
@@ -23,6 +27,9 @@ const (
 // between the two: what was committed before the pass began it has read, and what was committed later is
 // followed by a notice. Every turn from live to draining raises the generation:
 // pushes that were already on their way carry the old one, are refused, and overtake nothing.
+//
+// Nothing is pushed twice on a connection. What is in flight is skipped by a drain, and so is what was acknowledged,
+// until a page is asked for after a fence has said that its deletion is durable: such a page does not hold the row.
 type Downlink struct {
 	flight       *flight // nil while nothing was in flight for a second
 	generation   uint32
@@ -48,12 +55,25 @@ type Pending struct {
 
 // flight is what a connection needs only while something is in flight; pooled.
 type flight struct {
-	pending []Pending // oldest first, at most protocol.MaxUnacknowledged
-	recent  []protocol.MessageID
-	next    int                    // where recent is overwritten when full
+	pending []Pending              // oldest first, at most protocol.MaxUnacknowledged
+	acked   []ackedPush            // by place, at most maxUnfenced
 	cursor  protocol.MailboxCursor // how far this pass has come
 	last    protocol.MailboxCursor // the last row of the present page that was dealt with
 	stopped bool                   // the present page hit a limit
+}
+
+// ackedPush is a push that was acknowledged and whose row may still be read.
+type ackedPush struct {
+	id       protocol.MessageID
+	position uint64
+	fence    uint64 // the first fence that covers it
+}
+
+func (a *ackedPush) compare(p *Pending) int {
+	if c := cmp.Compare(a.position, p.Position); c != 0 {
+		return c
+	}
+	return bytes.Compare(a.id[:], p.ID[:])
 }
 
 var flights = sync.Pool{New: func() any { return new(flight) }}
@@ -62,7 +82,7 @@ var flights = sync.Pool{New: func() any { return new(flight) }}
 type Effects uint8
 
 const (
-	// ReadPage: ask the Mailbox for PageLimit rows after Cursor.
+	// ReadPage: ask the Mailbox for a page, see Request.
 	ReadPage Effects = 1 << iota
 	// StateChanged: tell the Registrar the new Generation and Live.
 	StateChanged
@@ -76,7 +96,7 @@ type PushVerdict uint8
 const (
 	// Write it; it is in flight now.
 	Write PushVerdict = iota
-	// Skip it: it is in flight on this connection already, or was acknowledged a moment ago.
+	// Skip it: it was pushed on this connection.
 	Skip
 	// RefusePush: tell the owner; it goes to the mailbox.
 	RefusePush
@@ -107,17 +127,12 @@ func (d *Downlink) InFlight() int {
 // Heir reports whether the drain reads the user mailbox too.
 func (d *Downlink) Heir() bool { return d.heir }
 
-// Cursor is where the next page of the present pass starts.
-func (d *Downlink) Cursor() protocol.MailboxCursor {
-	if d.flight == nil {
-		return protocol.MailboxCursor{}
-	}
-	return d.flight.cursor
-}
-
-// PageLimit is how many rows to ask for: never more than could be pushed.
-func (d *Downlink) PageLimit() int {
-	return max(1, min(pageRows, protocol.MaxUnacknowledged-d.InFlight()))
+// Request says which page to ask for: at most limit rows, never more than could be pushed, after a cursor. fenced is the last
+// fence that was answered; what it covers need not be remembered any more.
+func (d *Downlink) Request(fenced uint64) (after protocol.MailboxCursor, limit int) {
+	f := d.borrow()
+	f.forget(fenced)
+	return f.cursor, max(1, min(pageRows, protocol.MaxUnacknowledged-len(f.pending)))
 }
 
 // Push judges a live push. room says whether the outbound budget takes it.
@@ -126,10 +141,10 @@ func (d *Downlink) Push(generation uint32, p Pending, room bool) (PushVerdict, E
 		return RefusePush, 0
 	}
 	f := d.borrow()
-	if f.find(p.ID) >= 0 {
+	if f.knows(&p) {
 		return Skip, 0
 	}
-	if !room || len(f.pending) >= protocol.MaxUnacknowledged {
+	if !room || f.full() {
 		d.turnDraining()
 		d.paused = true
 		return RefusePush, StateChanged
@@ -192,11 +207,11 @@ func (d *Downlink) BeginPage(after protocol.MailboxCursor) (ok bool, e Effects) 
 func (d *Downlink) Row(p Pending, room bool) PushVerdict {
 	f := d.borrow()
 	at := protocol.MailboxCursor{DeviceMailbox: !p.UserMailbox, Position: p.Position, ID: p.ID}
-	if f.find(p.ID) >= 0 || f.recentlyAcknowledged(p.ID) {
+	if f.knows(&p) {
 		f.last = at
 		return Skip
 	}
-	if !room || len(f.pending) >= protocol.MaxUnacknowledged {
+	if !room || f.full() {
 		f.stopped = true
 		return StopPage
 	}
@@ -232,8 +247,9 @@ func (d *Downlink) PageFailed() {
 }
 
 // Acknowledge takes a push out of flight. ok is false when no such push is in flight; the
-// acknowledgement is then counted and ignored. room is whether the outbound budget takes more.
-func (d *Downlink) Acknowledge(id protocol.MessageID, room bool) (p Pending, ok bool, e Effects) {
+// acknowledgement is then counted and ignored. room is whether the outbound budget takes more, fence the number of the
+// next fence, fenced the last that was answered.
+func (d *Downlink) Acknowledge(id protocol.MessageID, room bool, fence, fenced uint64) (p Pending, ok bool, e Effects) {
 	f := d.flight
 	if f == nil {
 		return p, false, 0
@@ -244,7 +260,10 @@ func (d *Downlink) Acknowledge(id protocol.MessageID, room bool) (p Pending, ok 
 	}
 	p = f.pending[i]
 	f.pending = append(f.pending[:i], f.pending[i+1:]...)
-	f.remember(id)
+	if len(f.acked) == cap(f.acked) && !d.reading {
+		f.forget(fenced) // rather than grow
+	}
+	f.remember(&p, fence)
 	d.acked = true
 	if d.paused && room && len(f.pending) < resumeBelow {
 		e = d.resume()
@@ -258,8 +277,8 @@ func (d *Downlink) resume() Effects {
 }
 
 // Sweep is called once a second. buffered is how many outbound bytes wait in this process, left
-// whether any left since the last sweep.
-func (d *Downlink) Sweep(nowSeconds uint32, buffered int, left bool) (e Effects) {
+// whether any left since the last sweep, fenced the last fence that was answered.
+func (d *Downlink) Sweep(nowSeconds uint32, buffered int, left bool, fenced uint64) (e Effects) {
 	full := d.InFlight() >= protocol.MaxUnacknowledged
 	if full && !d.acked || buffered > 0 && !left {
 		if d.stalledSince == 0 { // no sweep yet: a drain can fill the flight in the first second
@@ -275,7 +294,7 @@ func (d *Downlink) Sweep(nowSeconds uint32, buffered int, left bool) (e Effects)
 	if d.paused && buffered == 0 && !full {
 		e = d.resume()
 	}
-	d.release()
+	d.release(fenced)
 	return e
 }
 
@@ -291,9 +310,7 @@ func (d *Downlink) End(lost func(Pending)) {
 			lost(p)
 		}
 	}
-	f.pending = f.pending[:0]
-	d.live, d.idle = true, true
-	d.release()
+	d.put()
 }
 
 func (d *Downlink) borrow() *flight {
@@ -304,11 +321,16 @@ func (d *Downlink) borrow() *flight {
 	return d.flight
 }
 
-// release returns the flight of a live session in which nothing happened for a whole sweep: until then
-// a drain could still read rows whose deletion is under way.
-func (d *Downlink) release() {
+// release returns the flight of a live session in which nothing happened for a whole sweep. No page is
+// under way then, so what is fenced can be forgotten.
+func (d *Downlink) release(fenced uint64) {
 	f := d.flight
-	if f == nil || !d.live || len(f.pending) > 0 {
+	if f == nil || !d.live {
+		d.idle = false
+		return
+	}
+	f.forget(fenced)
+	if len(f.pending) > 0 || len(f.acked) > 0 {
 		d.idle = false
 		return
 	}
@@ -316,15 +338,34 @@ func (d *Downlink) release() {
 		d.idle = true
 		return
 	}
+	d.put()
+}
+
+func (d *Downlink) put() {
+	f := d.flight
 	d.flight = nil
 	if cap(f.pending) > flightKeepCap {
 		f.pending = nil
 	}
-	if cap(f.recent) > flightKeepCap {
-		f.recent = nil
+	if cap(f.acked) > flightKeepCap {
+		f.acked = nil
 	}
-	*f = flight{pending: f.pending[:0], recent: f.recent[:0]}
+	*f = flight{pending: f.pending[:0], acked: f.acked[:0]}
 	flights.Put(f)
+}
+
+// full reports whether nothing more can be pushed before something is acknowledged, or a fence is answered.
+func (f *flight) full() bool {
+	return len(f.pending) >= protocol.MaxUnacknowledged || len(f.pending)+len(f.acked) >= maxUnfenced
+}
+
+// knows reports whether p was pushed on this connection.
+func (f *flight) knows(p *Pending) bool {
+	if f.find(p.ID) >= 0 {
+		return true
+	}
+	_, found := f.acknowledged(p)
+	return found
 }
 
 // find is a scan: acknowledgements come in the order of the pushes, so the first entry is the usual hit.
@@ -337,20 +378,23 @@ func (f *flight) find(id protocol.MessageID) int {
 	return -1
 }
 
-func (f *flight) remember(id protocol.MessageID) {
-	if len(f.recent) < recentAcks {
-		f.recent = append(f.recent, id)
-		return
-	}
-	f.recent[f.next] = id
-	f.next = (f.next + 1) % recentAcks
+func (f *flight) acknowledged(p *Pending) (at int, found bool) {
+	at = sort.Search(len(f.acked), func(i int) bool { return f.acked[i].compare(p) >= 0 })
+	return at, at < len(f.acked) && f.acked[at].compare(p) == 0
 }
 
-func (f *flight) recentlyAcknowledged(id protocol.MessageID) bool {
-	for i := range f.recent {
-		if f.recent[i] == id {
-			return true
-		}
+// remember keeps the order of place. Most acknowledgements come in that order, and are appended.
+func (f *flight) remember(p *Pending, fence uint64) {
+	a := ackedPush{id: p.ID, position: p.Position, fence: fence}
+	if n := len(f.acked); n == 0 || f.acked[n-1].compare(p) < 0 {
+		f.acked = append(f.acked, a)
+		return
 	}
-	return false
+	at, _ := f.acknowledged(p)
+	f.acked = slices.Insert(f.acked, at, a)
+}
+
+// forget drops what the fence covers. Only while no page is under way: one that was read before may hold its rows.
+func (f *flight) forget(fenced uint64) {
+	f.acked = slices.DeleteFunc(f.acked, func(a ackedPush) bool { return a.fence <= fenced })
 }

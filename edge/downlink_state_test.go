@@ -3,6 +3,7 @@ package edge
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -17,6 +18,7 @@ import (
 //	page A N,N… [end] the rows after cursor A: positions; "x5" is a row for which there is no room
 //	fail
 //	ack N
+//	fence             one is asked for and answered
 //	sweep S B L       at second S, B bytes buffered, L: whether any left
 func downlinkScript(t *testing.T, d *Downlink, script string) string {
 	t.Helper()
@@ -33,6 +35,7 @@ func downlinkScript(t *testing.T, d *Downlink, script string) string {
 		}
 		return n
 	}
+	fence := uint64(1)
 	verdicts := map[PushVerdict]string{Write: "write", Skip: "skip", RefusePush: "refuse", StopPage: "stop"}
 	var out []string
 	for _, line := range strings.Split(strings.TrimSpace(script), "\n") {
@@ -74,11 +77,13 @@ func downlinkScript(t *testing.T, d *Downlink, script string) string {
 		case "fail":
 			d.PageFailed()
 		case "ack":
-			p, ok, effects := d.Acknowledge(testID(number(words[1])), true)
+			p, ok, effects := d.Acknowledge(testID(number(words[1])), true, fence, fence-1)
 			said = append(said, fmt.Sprintf("%v mailbox=%v", ok, p.Mailbox))
 			e = effects
+		case "fence":
+			fence++
 		case "sweep":
-			e = d.Sweep(uint32(number(words[1])), int(number(words[2])), words[3] == "true")
+			e = d.Sweep(uint32(number(words[1])), int(number(words[2])), words[3] == "true", fence-1)
 		case "end":
 			d.End(func(p Pending) { said = append(said, fmt.Sprintf("lost %d", p.Position)) })
 		default:
@@ -88,7 +93,8 @@ func downlinkScript(t *testing.T, d *Downlink, script string) string {
 			said = append(said, fmt.Sprintf("generation %d live %v", d.Generation(), d.Live()))
 		}
 		if e&ReadPage != 0 {
-			said = append(said, fmt.Sprintf("read %d after %d", d.PageLimit(), d.Cursor().Position))
+			after, limit := d.Request(fence - 1)
+			said = append(said, fmt.Sprintf("read %d after %d", limit, after.Position))
 		}
 		if e&CloseSlow != 0 {
 			said = append(said, "slow")
@@ -133,6 +139,40 @@ page 0 1 end: write, generation 0 live true
 ack 1: true mailbox=true
 notify: generation 1 live false, read 128 after 0
 page 0 1 end: skip, generation 1 live true`},
+		{"a page that was read before the fence was answered", `
+page 0 1 end
+ack 1
+notify
+fence
+page 0 1 end
+push 1`, `
+page 0 1 end: write, generation 0 live true
+ack 1: true mailbox=true
+notify: generation 1 live false, read 128 after 0
+fence: 
+page 0 1 end: skip, generation 1 live true
+push 1: skip`},
+		{"what is fenced is forgotten with the next page", `
+page 0 1,2,3
+ack 2
+fence
+ack 1
+page 3 - end
+notify
+page 0 1,3 end
+fence
+notify
+page 0 1 end`, `
+page 0 1,2,3: write, write, write, read 128 after 3
+ack 2: true mailbox=true
+fence: 
+ack 1: true mailbox=true
+page 3 - end: generation 0 live true
+notify: generation 1 live false, read 128 after 0
+page 0 1,3 end: skip, skip, generation 1 live true
+fence: 
+notify: generation 2 live false, read 128 after 0
+page 0 1 end: write, generation 2 live true`},
 		{"a notice during a pass makes another", `
 notify
 page 0 - end
@@ -261,16 +301,17 @@ func TestDownlinkAtItsLimit(t *testing.T) {
 	seconds := uint32(1000)
 	for n := range uint64(100) {
 		seconds += 50
-		if e := d.Sweep(seconds, 0, false); e != 0 {
+		if e := d.Sweep(seconds, 0, false, 0); e != 0 {
 			t.Fatalf("after %d acknowledgements: %b", n, e)
 		}
-		if _, ok, e := d.Acknowledge(testID(n), true); !ok || e != 0 {
+		if _, ok, e := d.Acknowledge(testID(n), true, 1, 0); !ok || e != 0 {
 			t.Fatal(n, ok, e)
 		}
-		if e := d.Sweep(seconds+1, 0, false); e != ReadPage { // room for one: the drain goes on
+		if e := d.Sweep(seconds+1, 0, false, 0); e != ReadPage { // room for one: the drain goes on
 			t.Fatalf("%b", e)
 		}
-		if ok, _ := d.BeginPage(d.Cursor()); !ok {
+		after, _ := d.Request(0)
+		if ok, _ := d.BeginPage(after); !ok {
 			t.Fatal("unwanted")
 		}
 		p := Pending{ID: testID(2000 + n), Position: 2000 + n}
@@ -284,11 +325,11 @@ func TestDownlinkAtItsLimit(t *testing.T) {
 	}
 	// Acknowledgements bring it under 128: the drain goes on at once.
 	for n := uint64(100); d.InFlight() > resumeBelow; n++ {
-		if _, ok, e := d.Acknowledge(testID(n), true); !ok || e != 0 {
+		if _, ok, e := d.Acknowledge(testID(n), true, 1, 0); !ok || e != 0 {
 			t.Fatal(n, ok, e)
 		}
 	}
-	if _, ok, e := d.Acknowledge(testID(2000), true); !ok || e != ReadPage {
+	if _, ok, e := d.Acknowledge(testID(2000), true, 1, 0); !ok || e != ReadPage {
 		t.Fatal(ok, e)
 	}
 	// Of what is left, the 100 rows of the mailbox (less the one acknowledged) are there still; the live ones are lost.
@@ -299,30 +340,34 @@ func TestDownlinkAtItsLimit(t *testing.T) {
 	}
 }
 
-// TestDownlinkRandom: whatever the order of events, a message is never twice in flight, there are never more than 256, and an owner that
+// TestDownlinkRandom: whatever the order of events, a message is never written twice, there are never more than 256 in flight, and an owner that
 // pushes only to what it was told is live, writes the rest and sends a notice, has everything shown in the end.
 func TestDownlinkRandom(t *testing.T) {
-	for seed := range uint64(100) {
+	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 9))
 		var d Downlink
-		var mailbox []uint64 // positions, ascending
+		var mailbox []uint64  // positions, ascending
+		var deleting []uint64 // acknowledged; their rows are still there
+		covered := 0          // of deleting, by the fence that was asked for
+		fence, fenced := uint64(1), uint64(0)
 		inFlight, shown := map[uint64]bool{}, map[uint64]bool{}
 		var request *protocol.MailboxCursor
+		var snapshot []uint64 // of the mailbox, read after the request
 		seconds, position := uint32(0), uint64(0)
 		act := func(e Effects) {
 			if e&ReadPage != 0 {
 				if request != nil {
 					t.Fatalf("seed %d: two pages are asked for at once", seed)
 				}
-				c := d.Cursor()
-				request = &c
+				c, _ := d.Request(fenced)
+				request, snapshot = &c, nil
 			}
 			if e&CloseSlow != 0 {
 				t.Fatalf("seed %d: closed", seed)
 			}
 		}
 		write := func(n uint64) {
-			if inFlight[n] {
+			if shown[n] {
 				t.Fatalf("seed %d: %d is written twice", seed, n)
 			}
 			if inFlight[n], shown[n] = true, true; len(inFlight) > protocol.MaxUnacknowledged || len(inFlight) != d.InFlight() {
@@ -333,10 +378,16 @@ func TestDownlinkRandom(t *testing.T) {
 			mailbox = append(mailbox, n)
 			act(d.Notify())
 		}
+		readRows := func() {
+			if request != nil && snapshot == nil {
+				snapshot = append([]uint64{}, mailbox...)
+			}
+		}
 		page := func(room func() bool) {
 			if request == nil {
 				return
 			}
+			readRows()
 			after := *request
 			request = nil
 			if r.IntN(10) == 0 {
@@ -349,7 +400,7 @@ func TestDownlinkRandom(t *testing.T) {
 				return
 			}
 			limit, end, next := 1+r.IntN(20), true, after
-			for _, n := range mailbox {
+			for _, n := range snapshot {
 				if n <= after.Position {
 					continue
 				}
@@ -368,26 +419,34 @@ func TestDownlinkRandom(t *testing.T) {
 			}
 			act(d.EndPage(next, end))
 		}
+		askFence := func() {
+			if fenced+1 == fence {
+				fence++
+				covered = len(deleting)
+			}
+		}
+		answerFence := func() {
+			if fenced+1 == fence {
+				return
+			}
+			mailbox = slices.DeleteFunc(mailbox, func(n uint64) bool { return slices.Contains(deleting[:covered], n) })
+			deleting, fenced = deleting[covered:], fence-1
+		}
 		acknowledge := func() {
 			for n := range inFlight {
-				p, ok, e := d.Acknowledge(testID(n), true)
+				p, ok, e := d.Acknowledge(testID(n), true, fence, fenced)
 				if !ok || p.Position != n {
 					t.Fatalf("seed %d: %d is not in flight", seed, n)
 				}
 				delete(inFlight, n)
-				for i, m := range mailbox {
-					if m == n {
-						mailbox = append(mailbox[:i:i], mailbox[i+1:]...)
-						break
-					}
-				}
+				deleting = append(deleting, n)
 				act(e)
 				return
 			}
 		}
 		act(d.Start(false))
 		for range 1500 {
-			switch r.IntN(8) {
+			switch r.IntN(11) {
 			case 0, 1, 2:
 				position++
 				if !d.Live() {
@@ -410,9 +469,15 @@ func TestDownlinkRandom(t *testing.T) {
 				acknowledge()
 			case 5, 6:
 				page(func() bool { return r.IntN(20) > 0 })
+			case 7:
+				readRows()
+			case 8:
+				askFence()
+			case 9:
+				answerFence()
 			default:
 				seconds++
-				act(d.Sweep(seconds, r.IntN(2)*10, true))
+				act(d.Sweep(seconds, r.IntN(2)*10, true, fenced))
 			}
 		}
 		for range 10_000 { // and now it heals
@@ -421,17 +486,60 @@ func TestDownlinkRandom(t *testing.T) {
 			}
 			page(func() bool { return true })
 			acknowledge()
+			askFence()
+			answerFence()
 			seconds++
-			act(d.Sweep(seconds, 0, true))
+			act(d.Sweep(seconds, 0, true, fenced))
 		}
 		if uint64(len(shown)) != position || !d.Live() || len(mailbox) != 0 || d.InFlight() != 0 {
 			t.Fatalf("seed %d: %d of %d shown, live %v, %d rows, %d in flight", seed, len(shown), position, d.Live(), len(mailbox), d.InFlight())
 		}
-		d.Sweep(seconds+1, 0, true)
-		d.Sweep(seconds+2, 0, true)
+		askFence()
+		answerFence()
+		d.Sweep(seconds+1, 0, true, fenced)
+		d.Sweep(seconds+2, 0, true, fenced)
 		if d.flight != nil {
 			t.Fatalf("seed %d: an idle session keeps its flight", seed)
 		}
+	}
+}
+
+// TestDownlinkRemembersBounded: what is acknowledged faster than fences are answered stops a drain, which the sweep
+// resumes when they are.
+func TestDownlinkRemembersBounded(t *testing.T) {
+	var d Downlink
+	d.Start(false)
+	downlinkScript(t, &d, "page 0 - end")
+	n := uint64(0)
+	for ; n < maxUnfenced; n++ {
+		if v, _ := d.Push(0, Pending{ID: testID(n), Position: n}, true); v != Write {
+			t.Fatal(n, v)
+		}
+		d.Acknowledge(testID(n), true, 1, 0)
+	}
+	if v, e := d.Push(0, Pending{ID: testID(n), Position: n}, true); v != RefusePush || e != StateChanged {
+		t.Fatal(v, e)
+	}
+	if e := d.Sweep(1, 0, false, 0); e != ReadPage {
+		t.Fatal(e)
+	}
+	after, _ := d.Request(0)
+	if ok, _ := d.BeginPage(after); !ok {
+		t.Fatal("unwanted")
+	}
+	if v := d.Row(Pending{ID: testID(n), Position: n}, true); v != StopPage {
+		t.Fatal(v)
+	}
+	d.EndPage(after, false)
+	if e := d.Sweep(2, 0, false, 1); e != ReadPage {
+		t.Fatal(e)
+	}
+	after, _ = d.Request(1)
+	if ok, _ := d.BeginPage(after); !ok {
+		t.Fatal("unwanted")
+	}
+	if v := d.Row(Pending{ID: testID(n), Position: n}, true); v != Write {
+		t.Fatal(v)
 	}
 }
 
@@ -442,15 +550,20 @@ func TestFlightsAreGivenBack(t *testing.T) {
 	downlinkScript(t, &d, "page 0 - end")
 	for n := range uint64(200) {
 		d.Push(0, Pending{ID: testID(n)}, true)
-		d.Acknowledge(testID(n), true)
+		d.Acknowledge(testID(n), true, 1, 0)
 	}
 	f := d.flight
-	d.Sweep(1, 0, false)
-	d.Sweep(2, 0, false)
+	d.Sweep(1, 0, false, 0)
+	d.Sweep(2, 0, false, 0)
+	if d.flight == nil {
+		t.Fatal("given back before the fence was answered")
+	}
+	d.Sweep(3, 0, false, 1)
+	d.Sweep(4, 0, false, 1)
 	if d.flight != nil {
 		t.Fatal("kept")
 	}
-	if len(f.pending) != 0 || len(f.recent) != 0 || cap(f.recent) > flightKeepCap || f.cursor != (protocol.MailboxCursor{}) {
-		t.Fatalf("%d pending, %d recent", len(f.pending), cap(f.recent))
+	if len(f.pending) != 0 || len(f.acked) != 0 || cap(f.acked) > flightKeepCap || f.cursor != (protocol.MailboxCursor{}) {
+		t.Fatalf("%d pending, %d acked", len(f.pending), cap(f.acked))
 	}
 }

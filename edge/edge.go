@@ -16,6 +16,9 @@ type Publisher interface {
 type Acknowledger interface {
 	// Settle never blocks and never fails; the slices in batch are copied before it returns.
 	Settle(batch []protocol.Outcome)
+	// Fence returns at once and is answered by exactly one Server.Fenced, from any goroutine, when what became of every
+	// outcome settled before is durable. A page that is asked for after that holds no row that was acknowledged before.
+	Fence(f protocol.Fence)
 }
 
 // Mailbox reads what waits for a device. Both calls return at once and answer later, from any goroutine.

@@ -88,6 +88,8 @@ func answerTo(s *protocol.Submission) protocol.Answer {
 	return protocol.Answer{To: s.From, Seq: s.Seq, ID: testID(s.Seq), Position: s.Seq << 11, Millis: int64(s.Seq)}
 }
 
+func (b *stubBackend) Fence(f protocol.Fence) { b.server.Fenced(f) }
+
 func (b *stubBackend) Settle(batch []protocol.Outcome) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -41,6 +41,7 @@ type inboxBatch struct {
 	pages      []protocol.Page
 	registered []protocol.Registered
 	replaced   []protocol.Session
+	fences     []protocol.Fence
 }
 
 type inboxKind uint8
@@ -54,6 +55,7 @@ const (
 	inboxPage
 	inboxRegistered
 	inboxReplaced
+	inboxFence
 )
 
 type run struct {
@@ -167,6 +169,7 @@ func (b *inboxBatch) clear() {
 	b.pages = emptied(b.pages)
 	b.registered = emptied(b.registered)
 	b.replaced = emptied(b.replaced)
+	b.fences = emptied(b.fences)
 }
 
 // emptied clears what was used, so that nothing is kept alive, and keeps a bounded capacity.

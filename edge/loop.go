@@ -61,6 +61,9 @@ type loop struct {
 
 	outcomes     []protocol.Outcome
 	outcomeNames []byte
+	unfenced     bool   // something was acknowledged since the last fence was asked for
+	fence        uint64 // the number of the next fence
+	fenced       uint64 // the last that was answered
 
 	receiptsDue []dueReceipts
 	draining    bool
@@ -91,7 +94,7 @@ type encodedMessage struct {
 }
 
 func newLoop(s *Server, index int) *loop {
-	return &loop{server: s, index: uint8(index)}
+	return &loop{server: s, index: uint8(index), fence: 1}
 }
 
 func (l *loop) begin() {
@@ -416,8 +419,8 @@ func (l *loop) drainInbox() {
 
 // inboxCursor is how far a batch was handled.
 type inboxCursor struct {
-	run, n                                                                   int
-	answers, pushes, refused, notices, receipts, pages, registered, replaced int
+	run, n                                                                           int
+	answers, pushes, refused, notices, receipts, pages, registered, replaced, fences int
 }
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
@@ -470,6 +473,9 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 				k.replaced++
 				l.serving = s.Conn
 				l.replaced(s)
+			case inboxFence:
+				l.fenced = max(l.fenced, b.fences[k.fences].Number)
+				k.fences++
 			}
 		}
 	}

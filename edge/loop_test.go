@@ -26,6 +26,7 @@ type bench struct {
 	wakes   int
 	publish func(*protocol.Submission) protocol.Refusal
 	settled []outcome
+	fences  []protocol.Fence
 	pages   []protocol.PageRequest
 	since   []int64
 	asked   []protocol.Registration
@@ -64,6 +65,7 @@ func (b *bench) Settle(batch []protocol.Outcome) {
 	}
 }
 
+func (b *bench) Fence(f protocol.Fence)                  { b.fences = append(b.fences, f) }
 func (b *bench) ReadPage(r protocol.PageRequest)         { b.pages = append(b.pages, r) }
 func (b *bench) ReadReceipts(r protocol.ReceiptsRequest) { b.since = append(b.since, r.SinceMillis) }
 func (b *bench) Register(r protocol.Registration)        { b.asked = append(b.asked, r) }
@@ -183,11 +185,18 @@ func (b *bench) live(s *fakeSocket) protocol.Session {
 	return b.l.session(s.conn)
 }
 
-// pass lets time go by, with sweeps.
+// pass lets time go by, with sweeps; fences are answered.
 func (b *bench) pass(d time.Duration) {
 	for ; d > 0; d -= 100 * time.Millisecond {
 		b.now = b.now.Add(100 * time.Millisecond)
 		b.l.sweep()
+		if len(b.fences) > 0 {
+			for _, f := range b.fences {
+				b.s.Fenced(f)
+			}
+			b.fences = b.fences[:0]
+			b.l.drainInbox()
+		}
 	}
 }
 

@@ -265,6 +265,14 @@ func (s *Server) Replace(session protocol.Session) {
 	})
 }
 
+// Fenced brings the answer to Acknowledger.Fence.
+func (s *Server) Fenced(f protocol.Fence) {
+	s.deliverOne(protocol.Session{Edge: f.Edge, Conn: handle(f.Loop, 0, 0)}, func(b *inboxBatch) {
+		b.fences = append(b.fences, f)
+		b.note(inboxFence, 1)
+	})
+}
+
 func (s *Server) deliverOne(to protocol.Session, fill func(b *inboxBatch)) {
 	l := s.loopOf(to)
 	if l == nil {

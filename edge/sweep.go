@@ -47,6 +47,7 @@ func (l *loop) sweep() {
 	}
 	l.sweepStep++
 	l.end()
+	l.requestFence()
 	l.m.publish(&l.server.published[l.index], l.sessions)
 }
 
@@ -146,5 +147,5 @@ func (l *loop) sweepOutput(c *conn) {
 			c.flags &^= flagBacklog
 		}
 	}
-	l.act(c, c.down.Sweep(uint32(l.nowMs/1000), buffered, left))
+	l.act(c, c.down.Sweep(uint32(l.nowMs/1000), buffered, left, l.fenced))
 }

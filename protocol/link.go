@@ -97,6 +97,14 @@ type Outcome struct {
 	Device       []byte
 }
 
+// Fence asks an Acknowledger to say when everything settled before it is durable. An edge numbers the fences of each of
+// its event loops 1, 2, 3 …
+type Fence struct {
+	Edge   uint32
+	Loop   uint8
+	Number uint64
+}
+
 // Registration asks for a device to be registered, a block of numbers for its stream, and the route to be bound as draining.
 type Registration struct {
 	Session Session
