@@ -26,5 +26,5 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 		}
 		emit("millrace_backend_in_flight", "Records that are not finished and committed.", false, float64(inFlight), "shard", shard)
 	}
-	emit("millrace_backend_full_mailboxes", "Users with a mailbox at its limit.", false, float64(s.full.count()))
+	emit("millrace_backend_full_mailboxes", "Users with a mailbox at its limit.", false, float64(s.full.users.Load()))
 }

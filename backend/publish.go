@@ -3,19 +3,23 @@ package backend
 import (
 	"bytes"
 	"sync"
+	"sync/atomic"
 
 	"millrace/protocol"
 )
 
 // fullMailboxes is the set of mailboxes at their limit.
 type fullMailboxes struct {
-	mu   sync.RWMutex
+	users atomic.Int64 // with a full mailbox; usually 0, and then a send need not look
+
+	mu   sync.RWMutex                   // guards the following field
 	rows map[string]map[string]struct{} // user → devices
 }
 
 func (f *fullMailboxes) set(user, device string, full bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	defer func() { f.users.Store(int64(len(f.rows))) }()
 	if !full {
 		delete(f.rows[user], device)
 		if len(f.rows[user]) == 0 {
@@ -33,15 +37,12 @@ func (f *fullMailboxes) set(user, device string, full bool) {
 }
 
 func (f *fullMailboxes) has(user []byte) bool {
+	if f.users.Load() == 0 {
+		return false
+	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	return len(f.rows) > 0 && len(f.rows[string(user)]) > 0
-}
-
-func (f *fullMailboxes) count() int {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	return len(f.rows)
+	return len(f.rows[string(user)]) > 0
 }
 
 // Publish makes one send durable; it implements edge.Publisher. It never blocks, copies what it keeps, and

@@ -98,6 +98,7 @@ type work struct {
 	scan     headScan
 	up       Uplink
 	upActive bool // up was started
+	full     FullReceivers
 
 	receiptsAfter int64 // of connect, until registered
 	receipts      []protocol.ReceiptPush
@@ -131,7 +132,7 @@ func (l *loop) uplink(c *conn) *Uplink {
 func (l *loop) relax(c *conn) {
 	w := c.work
 	if w == nil || c.state != stateConnect && c.state != stateOpen || w.reader.pending() || len(w.receipts) > 0 || c.has(flagBacklog) ||
-		w.written > 0 || w.upActive && !w.up.Idle(l.nowMs) {
+		w.written > 0 || w.upActive && !w.up.Idle(l.nowMs) || !w.full.Empty() {
 		return
 	}
 	l.release(c)

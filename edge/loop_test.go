@@ -538,6 +538,46 @@ func TestSends(t *testing.T) {
 			s.frame(sendFrame(4, "x"))
 			s.wants("error mailbox_full 4")
 		})
+		t.Run("mailbox_full stands until it has been read", func(t *testing.T) {
+			b := newBench(t, nil)
+			s := b.open(sub, "alice", "phone")
+			var published []string
+			full := true
+			b.publish = func(p *protocol.Submission) (r protocol.Refusal) {
+				if full && !p.Resend {
+					r.Code = protocol.CodeMailboxFull
+				}
+				published = append(published, fmt.Sprintf("%d to %s %v", p.Seq, p.Receiver, r.Code))
+				return r
+			}
+			to := func(seq uint64, receiver string) {
+				f := sendFrame(seq, "x")
+				f.Receiver = []byte(receiver)
+				s.frame(f)
+			}
+			to(1, "bob")
+			s.wants("error mailbox_full 1")
+			full = false
+			b.pass(5 * time.Second) // whatever else is forgotten while idle
+			to(2, "bob")
+			s.wants("error mailbox_full 2")
+			to(3, "carol")
+			b.s.Answer([]protocol.Answer{{To: b.l.session(s.conn), Seq: 3}})
+			b.l.drainInbox()
+			s.read()
+			to(65, "bob")
+			s.wants("error mailbox_full 65")
+			to(128, "bob")
+			s.wants("error mailbox_full 128")
+			to(192, "bob")
+			if got := strings.Join(published, ", "); got != "1 to bob mailbox_full, 3 to carol ok, 192 to bob ok" {
+				t.Error(got)
+			}
+			b.pass(5 * time.Second)
+			if w := s.conn.work; w == nil || len(w.full.list) != 1 {
+				t.Error("a refusal that may be unread is forgotten")
+			}
+		})
 		t.Run("hold and resend", func(t *testing.T) {
 			b := newBench(t, nil)
 			s := b.open(sub, "alice", "phone")

@@ -47,13 +47,27 @@ func (l *loop) publish(c *conn, up *Uplink, f *protocol.Frame) {
 	if s.Resend {
 		l.m.resends++
 	}
-	r := l.server.cfg.Publisher.Publish(s)
+	r := l.offer(c, s)
 	*s = protocol.Submission{}
 	if r.Code != protocol.OK {
 		l.refuse(c, f.Seq, r, up.Refused(f.Seq, r, l.nowMs))
 		return
 	}
 	up.Handed(f.Seq)
+}
+
+// offer hands a send to the Publisher, unless an earlier one to the same receiver found the mailbox full.
+func (l *loop) offer(c *conn, s *protocol.Submission) (r protocol.Refusal) {
+	full := &c.work.full
+	if !s.Resend && full.Refuses(s.Receiver, s.Seq) {
+		r.Code = protocol.CodeMailboxFull
+	} else {
+		r = l.server.cfg.Publisher.Publish(s)
+	}
+	if r.Code == protocol.CodeMailboxFull {
+		full.Refused(s.Receiver, s.Seq)
+	}
+	return r
 }
 
 // answer tells a client what became of a send.

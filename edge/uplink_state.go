@@ -178,6 +178,45 @@ func (u *Uplink) Answer(seq uint64, r protocol.Refusal, nowMs int64) (resendFrom
 	return 0, true
 }
 
+// FullReceivers are the receivers to whom sends of a connection were refused for good, with mailbox_full. Only a number
+// 64 or more above the refused one shows that the client has read the refusal (open numbers lie within that span). Until then every
+// later send to the same receiver must be refused too, whatever has become of the mailbox: if it were accepted, and the
+// refusal lost with the connection, the refused send would come again on the next one and be accepted behind it.
+type FullReceivers struct {
+	list []fullReceiver // at most protocol.MaxOpenSpan, see Refused
+}
+
+type fullReceiver struct {
+	user string
+	seq  uint64 // the last number refused
+}
+
+// Refuses reports whether the send with this number must be refused with mailbox_full; then call Refused.
+func (f *FullReceivers) Refuses(receiver []byte, seq uint64) bool {
+	for i := range f.list {
+		if f.list[i].user == string(receiver) {
+			return seq < f.list[i].seq+protocol.MaxOpenSpan
+		}
+	}
+	return false
+}
+
+// Refused records that the send with this number got mailbox_full.
+func (f *FullReceivers) Refused(receiver []byte, seq uint64) {
+	n := 0
+	for _, r := range f.list {
+		if seq < r.seq+protocol.MaxOpenSpan && r.user != string(receiver) {
+			f.list[n] = r
+			n++
+		}
+	}
+	clear(f.list[n:])
+	f.list = append(f.list[:n], fullReceiver{string(receiver), seq})
+}
+
+// Empty reports whether nothing need be remembered.
+func (f *FullReceivers) Empty() bool { return len(f.list) == 0 }
+
 // hold makes a refused number the one that must come again first, if it is the lowest.
 func (u *Uplink) hold(seq uint64, r protocol.Refusal, nowMs int64) {
 	switch {

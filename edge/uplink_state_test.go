@@ -402,3 +402,28 @@ func TestUplinkAllocations(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// TestFullReceivers: a refusal stands for its receiver until a number shows that it was read, and what is remembered is bounded.
+func TestFullReceivers(t *testing.T) {
+	var f FullReceivers
+	bob, carol := []byte("bob"), []byte("carol")
+	if f.Refuses(bob, 1) || !f.Empty() {
+		t.Fatal("refuses at first")
+	}
+	f.Refused(bob, 10)
+	for seq, want := range map[uint64]bool{9: true, 11: true, 73: true, 74: false} {
+		if f.Refuses(bob, seq) != want || f.Refuses(carol, seq) {
+			t.Errorf("%d: refused to bob %v, to carol %v", seq, f.Refuses(bob, seq), f.Refuses(carol, seq))
+		}
+	}
+	f.Refused(bob, 73)
+	if !f.Refuses(bob, 136) || f.Refuses(bob, 137) {
+		t.Error("a refusal does not extend the one before")
+	}
+	for seq := uint64(200); seq < 1000; seq++ {
+		f.Refused(fmt.Appendf(nil, "u%d", seq), seq)
+		if len(f.list) > protocol.MaxOpenSpan {
+			t.Fatalf("%d receivers are remembered", len(f.list))
+		}
+	}
+}

@@ -313,7 +313,11 @@
 //	S5  The open numbers of a connection lie within a span of 64: highest − lowest < 64. A send that would break this gets
 //	    window_exceeded.
 //	S6  A number never stands for a second message. Not after a refusal, not to another receiver, not with other text.
-//	S7  A send that has been unanswered for 30 days is given back to the application as failed and its number is not written
+//	S7  After mailbox_full the next new number is at least 64 above every number given before: so the server knows that
+//	    the refusal was read. Until it sees such a number it refuses every send of this connection to that receiver with
+//	    mailbox_full, also when there is room again. (A send accepted behind a refusal that is lost with the
+//	    connection would be overtaken by it: the refused send, still open, comes again on the next connection and is accepted.)
+//	S8  A send that has been unanswered for 30 days is given back to the application as failed and its number is not written
 //	    again. The server forgets what it needs to recognise a resend a year after the last use.
 //
 // A resend, however old, is answered with the same message_id as the first time, and is shown once. If a
@@ -453,7 +457,7 @@
 //	10  window_exceeded    64 or more away from an open number; write it again when a
 //	                       lower one has ended                                                  stays open
 //	11  mailbox_full       the receiver's mailbox holds 100 000 messages; never given to a      ends
-//	                       resend. A new attempt is a new send under a new number
+//	                       resend. A new attempt is a new send under a new number: see S7
 //	12  too_many_devices   the user has 8 other devices; close 4503
 //	13  session_replaced   the same device connected elsewhere; close 4500
 //	14  slow               did not read or acknowledge for 60 s; close 4413

@@ -42,7 +42,9 @@ type Item struct {
 //   - the open numbers lie within protocol.MaxOpenSpan;
 //   - a refusal that carries a delay leaves its number open and stops everything from that number on; after the
 //     delay all of it is written again, ascending;
-//   - a number ends with an answer or a final refusal, once.
+//   - a number ends with an answer or a final refusal, once;
+//   - after mailbox_full the next new number is protocol.MaxOpenSpan above all given before: that tells the server that the
+//     refusal was read.
 //
 // It is a pure state machine: no clock, socket, disk or goroutine. Events are method calls that carry the time; what
 // is to be done comes from Next. It is exported so that a simulation can drive the very code that
@@ -190,6 +192,9 @@ func (o *Outbox) Received(seq uint64) *Item { return o.end(seq) }
 // Refused takes a refusal of a number. A final one ends the send and returns it; any other returns nil.
 func (o *Outbox) Refused(seq uint64, code protocol.Code, retryAfterMs uint32, resendFrom uint64, now time.Time) *Item {
 	if retryAfterMs == 0 && code != protocol.CodeWindowExceeded {
+		if code == protocol.CodeMailboxFull {
+			o.next = max(o.next, o.highest+protocol.MaxOpenSpan)
+		}
 		return o.end(seq)
 	}
 	at := o.find(seq)

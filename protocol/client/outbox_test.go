@@ -373,6 +373,24 @@ func TestOutboxFinalRefusalEndsOne(t *testing.T) {
 	}
 }
 
+// TestOutboxMailboxFullIsRead: the first new number after mailbox_full shows that it was read.
+func TestOutboxMailboxFullIsRead(t *testing.T) {
+	o := outboxWith(3)
+	o.Connected(1)
+	o.Next(epochStart)
+	o.Add(Item{Local: 4})
+	o.Refused(1, protocol.CodeMailboxFull, 0, 0, epochStart)
+	if step := o.Next(epochStart); len(step.Write) != 0 {
+		t.Fatalf("%d is written while 2 and 3 are open", step.Write[0].Seq)
+	}
+	o.Refused(2, protocol.CodeMailboxFull, 0, 0, epochStart)
+	o.Received(3)
+	wantSeqs(t, "after both refusals", o.Next(epochStart).Write, 3+protocol.MaxOpenSpan)
+	o.Received(3 + protocol.MaxOpenSpan)
+	o.Add(Item{Local: 5})
+	wantSeqs(t, "then", o.Next(epochStart).Write, 4+protocol.MaxOpenSpan)
+}
+
 // TestOutboxServerWaitsForAnEndedNumber: the server refuses everything until a number comes that never will.
 func TestOutboxServerWaitsForAnEndedNumber(t *testing.T) {
 	o := outboxWith(2)
