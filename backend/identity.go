@@ -70,11 +70,12 @@ func (i *Identity) MessageID(s Stream, conversation string, seq uint64) (id prot
 	t.buf = b
 	t.mac.Reset()
 	t.mac.Write(b)
-	copy(id[:10], t.mac.Sum(t.sum[:0]))
+	out := t.mac.Sum(t.sum[:0])[:len(id)] // id itself would escape to the heap
+	out[10], out[11] = byte(seq>>40), byte(seq>>32)
+	binary.BigEndian.PutUint32(out[12:], uint32(seq))
+	i.block.Encrypt(out, out)
+	copy(id[:], out)
 	i.macs.Put(t)
-	id[10], id[11] = byte(seq>>40), byte(seq>>32)
-	binary.BigEndian.PutUint32(id[12:], uint32(seq))
-	i.block.Encrypt(id[:], id[:])
 	return id
 }
 
