@@ -112,7 +112,16 @@ func (l line) format(colour bool) string {
 	if l.foreign {
 		who = paint(colourBold, who)
 	}
-	return fmt.Sprintf("%s %s %s: %s", paint(colourDim, l.at.Format("15:04")), mark, who, l.text)
+	return fmt.Sprintf("%s %s %s: %s", paint(colourDim, clockTime(l.at, time.Now())), mark, who, l.text)
+}
+
+// clockTime is a time as short as it can be without being taken for another day's.
+func clockTime(at, now time.Time) string {
+	at, now = at.Local(), now.Local()
+	if at.YearDay() == now.YearDay() && at.Year() == now.Year() {
+		return at.Format("15:04")
+	}
+	return at.Format("2006-01-02 15:04")
 }
 
 // terminalScreen is a line editor below the lines of a chat. The editor (x/term) and the chat write to one terminal, and both pass
@@ -184,20 +193,21 @@ const (
 )
 
 // cursorWriter passes output on to a terminal and keeps account of the row of the cursor, so that a line printed
-// earlier can be changed. It trusts only what it can be sure of: text whose width depends on the terminal, or a new size, makes it forget
-// where the earlier lines are. It is called under the editor's lock, one call at a time.
+// earlier can be changed. It trusts only what it can be sure of: an input whose rows depend on how wide the terminal draws it, or a new
+// size, makes it forget where the earlier lines are. It is called under the editor's lock, one call at a time.
 type cursorWriter struct {
 	out    io.Writer
 	width  int
 	height int
 	resize [2]int // set before a write: the new size
 
-	row      int // of the cursor; 0 is where the chat began, which only a scroll can move off the screen
-	lowest   int // the lowest row ever
-	column   int
+	row      int           // of the cursor; 0 is where the chat began, which only a scroll can move off the screen
+	lowest   int           // the lowest row ever
+	column   int           // of the cursor, or right of it by as much as characters of unknown width may be narrower
 	lines    []printedLine // ascending, at most height of them
 	inputRow int           // the row below an input line that was just entered; −1: something else was printed since
-	unsure   bool          // the input line holds text of unknown width
+	wide     bool          // the input line holds characters of unknown width
+	unsure   bool          // and may have reached the margin, where the terminal begins a new row that the editor does not know of
 	changed  bool          // the last change succeeded
 }
 
@@ -218,12 +228,13 @@ func (c *cursorWriter) Write(p []byte) (int, error) {
 	number, text, _ := bytes.Cut(p[2:], []byte{cursorCommand})
 	n, _ := strconv.ParseUint(string(number), 10, 63)
 	var err error
-	if c.unsure { // the editor believes in one column a character and has not come all the way back
-		_, err = io.WriteString(c.out, "\r\x1b[K")
+	if c.wide { // the editor believes in one column a character: it has not come all the way back, nor cleared all
+		_, err = io.WriteString(c.out, "\r\x1b[J")
 	}
 	if err != nil {
 		return 0, err
 	}
+	c.column = 0
 	switch p[1] {
 	case cursorPrint:
 		err = c.print(n, string(text))
@@ -235,8 +246,8 @@ func (c *cursorWriter) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// follow keeps account of what the editor writes: text, CR, LF, and cursor movements. The editor itself breaks a line that
-// reaches the margin, so that as long as every character has one column the terminal never does.
+// follow keeps account of what the editor writes: text, CR, LF, and cursor movements. The editor takes a character for one column and
+// breaks a line that reaches the margin, so that the terminal never does unless there are wider ones.
 func (c *cursorWriter) follow(p []byte) {
 	for len(p) > 0 {
 		r, size := utf8.DecodeRune(p)
@@ -249,11 +260,17 @@ func (c *cursorWriter) follow(p []byte) {
 		case r == 0x1b:
 			size = c.escape(p)
 		case r == '\a':
-		case r < 0x20 || r == 0x7f || r >= firstUnsure:
+		case r < 0x20 || r == 0x7f:
 			c.forget()
-			c.unsure = true
+			c.wide, c.unsure = true, true
 		default:
-			c.column++
+			least, most := columnsOf(r)
+			c.column += most
+			c.wide = c.wide || least != most
+			if c.wide && c.column >= c.width {
+				c.forget()
+				c.unsure = true
+			}
 		}
 		p = p[size:]
 	}
@@ -284,6 +301,13 @@ func (c *cursorWriter) escape(p []byte) int {
 		}
 	case 'B':
 		c.down(n)
+	case 'C':
+		c.column += n
+	case 'D':
+		c.column = max(c.column-n, 0)
+	case 'H': // the editor clears the screen and begins again at its top
+		c.forget()
+		c.row, c.lowest, c.column, c.inputRow, c.wide, c.unsure = 0, 0, 0, -1, false, false
 	}
 	return i + 1
 }
@@ -305,7 +329,7 @@ func (c *cursorWriter) print(id uint64, text string) error {
 			c.lines = append(c.lines[:0], c.lines[1:]...)
 		}
 	}
-	c.inputRow, c.column, c.unsure = -1, 0, false
+	c.inputRow, c.wide, c.unsure = -1, false, false
 	c.down(rows)
 	_, err := io.WriteString(c.out, text+"\r\n")
 	return err
@@ -337,8 +361,8 @@ func (c *cursorWriter) top() int { return max(c.lowest-(c.height-1), 0) }
 
 // erase removes an input line of n columns that was just entered, and stands where it began.
 func (c *cursorWriter) erase(n int) error {
-	sure := !c.unsure && c.inputRow == c.row && c.column == 0
-	c.unsure = false
+	sure := !c.unsure && c.inputRow == c.row
+	c.wide, c.unsure = false, false
 	rows := n/c.width + 1 // the editor breaks a line that reaches the margin
 	if !sure || c.row-rows < c.top() {
 		return nil
@@ -349,8 +373,17 @@ func (c *cursorWriter) erase(n int) error {
 	return err
 }
 
-// firstUnsure is where characters begin that some terminals show two columns wide, or none: combining marks, East Asian, emoji.
-const firstUnsure = 0x300
+// columnsOf bounds how wide terminals draw a character: one column for most alphabets, while for the rest (combining marks, East Asian,
+// emoji) it depends on the terminal.
+func columnsOf(r rune) (least, most int) {
+	const firstUnsure, firstDash, lastDots = 0x300, 0x2010, 0x2027
+	switch {
+	case r < firstUnsure, firstDash <= r && r <= lastDots, r == '✓', r == '✗',
+		unicode.IsLetter(r) && unicode.In(r, unicode.Greek, unicode.Cyrillic, unicode.Armenian, unicode.Georgian, unicode.Hebrew):
+		return 1, 1
+	}
+	return 0, 2
+}
 
 // rowsOf is how many rows a line takes. sure is false when that depends on the terminal: on characters of unknown
 // width, or on where the cursor stands after the last column.
@@ -363,11 +396,10 @@ func rowsOf(text string, width int) (rows int, sure bool) {
 		case r == 0x1b: // a colour: up to its m
 			end := strings.IndexByte(text[i:], 'm')
 			i += end + 1
-		case r < firstUnsure || r == '✓' || r == '✗':
-			least++
-			most++
 		default:
-			most += 2
+			narrow, wide := columnsOf(r)
+			least += narrow
+			most += wide
 		}
 	}
 	rows = max((least+width-1)/width, 1)

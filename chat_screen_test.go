@@ -45,13 +45,13 @@ func FuzzPrintable(f *testing.F) {
 }
 
 func TestLineFormat(t *testing.T) {
-	at := time.Date(2026, 1, 2, 3, 4, 0, 0, time.Local)
+	at := time.Date(2026, 1, 2, 3, 4, 0, 0, time.Local) // another day
 	for _, c := range []struct {
 		l            line
 		plain, paint string
 	}{
-		{line{at: at, mark: markDelivered, who: "to bob", text: "hi"}, "03:04 ✓✓ to bob: hi", "\x1b[2m03:04\x1b[0m \x1b[32m✓✓\x1b[0m to bob: hi"},
-		{line{at: at, mark: markNone, who: "bob", text: "hi", foreign: true}, "03:04    bob: hi", "\x1b[2m03:04\x1b[0m    \x1b[1mbob\x1b[0m: hi"},
+		{line{at: at, mark: markDelivered, who: "to bob", text: "hi"}, "2026-01-02 03:04 ✓✓ to bob: hi", "\x1b[2m2026-01-02 03:04\x1b[0m \x1b[32m✓✓\x1b[0m to bob: hi"},
+		{line{at: at, mark: markNone, who: "bob", text: "hi", foreign: true}, "2026-01-02 03:04    bob: hi", "\x1b[2m2026-01-02 03:04\x1b[0m    \x1b[1mbob\x1b[0m: hi"},
 		{line{text: "* connected"}, "* connected", "\x1b[2m* connected\x1b[0m"},
 	} {
 		if got := c.l.format(false); got != c.plain {
@@ -68,6 +68,17 @@ func TestLineFormat(t *testing.T) {
 	}
 }
 
+func TestClockTime(t *testing.T) {
+	now := time.Date(2026, 3, 2, 0, 30, 0, 0, time.Local)
+	for before, want := range map[time.Duration]string{
+		0: "00:30", 29 * time.Minute: "00:01", 31 * time.Minute: "2026-03-01 23:59", 365 * 24 * time.Hour: "2025-03-02 00:30",
+	} {
+		if got := clockTime(now.Add(-before), now); got != want {
+			t.Errorf("%v before: %q, want %q", before, got, want)
+		}
+	}
+}
+
 func TestRowsOf(t *testing.T) {
 	for _, c := range []struct {
 		text string
@@ -75,7 +86,7 @@ func TestRowsOf(t *testing.T) {
 		sure bool
 	}{
 		{"", 1, true}, {"short", 1, true}, {strings.Repeat("x", 10), 1, false}, {strings.Repeat("x", 11), 2, true},
-		{"\x1b[31m123456789\x1b[0m", 1, true}, {"✓✓ é", 1, true}, {"世界", 1, true}, {"12345世界", 1, true}, {"1234567世界", 1, false}, {"123456世界", 1, false},
+		{"\x1b[31m123456789\x1b[0m", 1, true}, {"✓✓ é", 1, true}, {"Привет… ά", 1, true}, {"世界", 1, true}, {"12345世界", 1, true}, {"1234567世界", 1, false}, {"123456世界", 1, false},
 	} {
 		if rows, sure := rowsOf(c.text, 10); rows != c.rows || sure != c.sure {
 			t.Errorf("%q: %d, %v; want %d, %v", c.text, rows, sure, c.rows, c.sure)
@@ -144,7 +155,7 @@ func (e *emulator) put(r rune) {
 }
 
 func (e *emulator) escape(p []byte) int {
-	end := bytes.IndexAny(p, "ABCDJKm")
+	end := bytes.IndexAny(p, "ABCDHJKm")
 	if end < 2 || p[1] != '[' {
 		e.t.Fatalf("unknown escape in %q", p)
 	}
@@ -164,10 +175,17 @@ func (e *emulator) escape(p []byte) int {
 	case 'K':
 		e.rows[e.row] = e.rows[e.row][:min(e.column, len(e.rows[e.row]))]
 	case 'J':
-		e.rows[e.row] = e.rows[e.row][:min(e.column, len(e.rows[e.row]))]
-		for i := e.row + 1; i < len(e.rows); i++ {
+		first := e.row + 1
+		if n == 2 { // the whole screen
+			first = e.top
+		} else {
+			e.rows[e.row] = e.rows[e.row][:min(e.column, len(e.rows[e.row]))]
+		}
+		for i := first; i < len(e.rows); i++ {
 			e.rows[i] = nil
 		}
+	case 'H':
+		e.row, e.column = e.top, 0
 	}
 	return end + 1
 }
@@ -325,20 +343,45 @@ func TestScreenChangesTheRightLine(t *testing.T) {
 	}
 }
 
-// TestScreenIsCarefulWithWideCharacters: after an input whose width the program cannot know, it leaves earlier lines and the
-// input alone.
+// TestScreenWithWideCharacters: as long as an input of unknown width surely fits its row, everything is as with a narrow one.
+func TestScreenWithWideCharacters(t *testing.T) {
+	w := newScreenWorld(t, 40, 10)
+	w.print(".. first")
+	w.typeKeys("Привет, 世界")
+	if !w.change(0, "✓  first") {
+		t.Fatal("a line above a short input was not changed")
+	}
+	w.check("a change above a wide input")
+	w.print("bob: hi")
+	w.check("a line above a wide input")
+	if entered, done := w.typeKeys("\r"); !done || entered != "Привет, 世界" {
+		t.Fatalf("entered %q, %v", entered, done)
+	}
+	w.screen.eraseInput("Привет, 世界")
+	w.print(".. Привет, 世界")
+	w.typeKeys("")
+	w.check("a wide input")
+	if !w.change(0, "✓✓ first") {
+		t.Fatal("a line above an erased input was not changed")
+	}
+	w.check("a change above an erased input")
+}
+
+// TestScreenIsCarefulWithWideCharacters: after an input that the terminal may have broken where the editor did not, it leaves earlier
+// lines and the input alone.
 func TestScreenIsCarefulWithWideCharacters(t *testing.T) {
 	w := newScreenWorld(t, 40, 10)
 	w.print(".. first")
-	w.typeKeys("世界")
+	typed := strings.Repeat("世", 19) // fills the row, or half of it
+	w.typeKeys(typed)
 	if w.change(0, "✓  first") {
 		t.Fatal("changed a line after an input of unknown width")
 	}
 	if _, done := w.typeKeys("\r"); !done {
 		t.Fatal("not entered")
 	}
-	w.want = append(w.want, "> 世界")
-	w.screen.eraseInput("世界")
+	w.want = append(w.want, "> "+typed)
+	w.screen.eraseInput(typed)
 	w.typeKeys("")
 	w.check("a wide input")
 	w.print(".. second")
@@ -350,6 +393,26 @@ func TestScreenIsCarefulWithWideCharacters(t *testing.T) {
 	w.screen.eraseInput("plain")
 	w.typeKeys("")
 	w.check("a plain input")
+}
+
+// TestScreenFollowsAClear: after Ctrl-L the lines above are gone, and those below it are where the screen begins.
+func TestScreenFollowsAClear(t *testing.T) {
+	w := newScreenWorld(t, 40, 10)
+	w.print(".. first")
+	w.print(".. second")
+	w.typeKeys("half")
+	w.typeKeys("\x0c")
+	w.input = "half"
+	w.want, w.lines = nil, w.lines[:1]
+	w.check("a clear")
+	if w.change(0, "✓  first") {
+		t.Fatal("changed a line that is gone")
+	}
+	w.print(".. third")
+	if !w.change(1, "✓  third") {
+		t.Fatal("a line after the clear cannot be changed")
+	}
+	w.check("a change after the clear")
 }
 
 // TestScreenForgetsOnResize: where lines are after a terminal has wrapped them anew is anybody's guess.
