@@ -38,6 +38,8 @@ type chatConfig struct {
 	Device    string
 	With      string // first peer; empty: /to names one
 	Token     client.TokenSource
+	TokenFrom string // what the user called the token, for errors; empty: it is signed here
+	TokenOnce bool   // asking Token again gives the same token
 	StateFile string // empty: a file for this server, user and device in the user's state directory
 	JSON      bool
 }
@@ -82,6 +84,7 @@ type chat struct {
 	sends   []*chatSend       // in the order in which they were given
 	heldUp  string            // a line that found the outbox full
 	typed   string            // the line of input being dealt with, as it stands on the screen
+	refused int               // lines that were not sent
 	offline bool              // the last thing said about the connection is that there is none
 	state   lineID            // where that was said
 	reached map[string]uint64 // peer → position up to which earlier chats' messages were reported as delivered
@@ -118,7 +121,7 @@ const (
 )
 
 // runChat talks until in ends, /quit, or ctx ends. On a terminal the line being typed survives what arrives, and the ticks of a
-// message change in its line. It returns an error when messages stay unsent at the end of a pipe.
+// message change in its line. It returns an error when lines of a pipe were refused, or stay unsent at its end.
 func runChat(ctx context.Context, c chatConfig, in io.Reader, out io.Writer) error {
 	path, err := c.statePath()
 	if err != nil {
@@ -161,6 +164,9 @@ func runChat(ctx context.Context, c chatConfig, in io.Reader, out io.Writer) err
 func chatStartError(err error, c chatConfig, path string) error {
 	if errors.Is(err, client.ErrStateLocked) {
 		return fmt.Errorf("another chat is running as %s on device %s (it uses %s); give this one another --device", c.User, c.Device, path)
+	}
+	if errors.Is(err, client.ErrStateCorrupt) {
+		return fmt.Errorf("start the chat: %w\nMove the file away to start afresh: what waited in it is not sent then, and what was shown may be shown once more", err)
 	}
 	return fmt.Errorf("start the chat: %w", err)
 }
@@ -258,11 +264,14 @@ func (ch *chat) talk(ctx context.Context) error {
 }
 
 func (ch *chat) welcome(ctx context.Context) {
-	ch.note("You are %s. Type a line to send it; /to USER chooses whom you talk to, /help shows more, /quit leaves.", ch.config.User)
-	ch.screen.prompt(ch.peer)
-	if ch.peer == "" {
-		ch.note("Nobody to talk to yet: /to USER.")
+	if ch.screen.terminal() {
+		whom := "/to USER chooses whom to talk to"
+		if ch.peer != "" {
+			whom = "what you type goes to " + ch.peer
+		}
+		ch.note("You are %s; %s, /help explains.", ch.config.User, whom)
 	}
+	ch.screen.prompt(ch.peer)
 	unsent, err := ch.client.Unsent(ctx)
 	if err == nil && len(unsent) > 0 {
 		ch.note("%s from last time will be sent first.", countMessages(len(unsent)))
@@ -282,7 +291,9 @@ func (ch *chat) leave(ctx context.Context) error {
 	for {
 		select {
 		case e := <-ch.events:
-			ch.event(e)
+			if ch.event(e); ch.ended != nil {
+				return ch.finalError()
+			}
 		case m := <-ch.messages:
 			ch.show(ctx, m)
 		case err := <-drained:
@@ -292,22 +303,30 @@ func (ch *chat) leave(ctx context.Context) error {
 }
 
 func (ch *chat) left(err error) error {
-	if err == nil {
+	var kept []client.Unsent
+	if err != nil {
+		if ch.ended = ch.client.Err(); ch.ended != nil {
+			return ch.finalError()
+		}
+		if kept, err = ch.client.Unsent(context.Background()); err != nil {
+			return err
+		}
+	}
+	text := fmt.Sprintf("not sent yet: %s, kept for the next start in %s", countMessages(len(kept)), ch.path)
+	switch {
+	case ch.screen.terminal() && len(kept) > 0:
+		ch.note("%s", text)
 		return nil
-	}
-	if ch.ended = ch.client.Err(); ch.ended != nil {
-		return ch.finalError()
-	}
-	unsent, listErr := ch.client.Unsent(context.Background())
-	if listErr != nil || len(unsent) == 0 {
-		return listErr
-	}
-	text := fmt.Sprintf("%s could not be sent yet; they are kept in %s and go out with the next start", countMessages(len(unsent)), ch.path)
-	if ch.screen.terminal() {
-		ch.note("%s.", text)
+	case ch.screen.terminal():
 		return nil
+	case ch.refused > 0 && len(kept) > 0:
+		return fmt.Errorf("not sent: %d of the lines; %s", ch.refused, text)
+	case ch.refused > 0:
+		return fmt.Errorf("not sent: %d of the lines", ch.refused)
+	case len(kept) > 0:
+		return errors.New(text)
 	}
-	return errors.New(text)
+	return nil
 }
 
 func countMessages(n int) string {
@@ -319,11 +338,20 @@ func countMessages(n int) string {
 
 // finalError says what a human can do about the end of the client.
 func (ch *chat) finalError() error {
+	token := "token of " + ch.config.User
+	if ch.config.TokenFrom != "" {
+		token = "token in " + ch.config.TokenFrom
+	}
+	var closed *client.CloseError
 	switch {
 	case errors.Is(ch.ended, client.ErrReplaced):
 		return fmt.Errorf("%s connected as device %s elsewhere, which ends this chat; give each its own --device", ch.config.User, ch.config.Device)
 	case errors.Is(ch.ended, client.ErrUnauthorized):
-		return fmt.Errorf("the server refused the token of %s: it must be signed with the server's secret (see millrace token --help)", ch.config.User)
+		return fmt.Errorf("the server refused the %s: it must be signed with the server's secret (see millrace token --help)", token)
+	case errors.Is(ch.ended, client.ErrWrongUser):
+		return fmt.Errorf("the %s does not say %s: %s", token, ch.config.User, printable(ch.ended.Error()))
+	case errors.As(ch.ended, &closed) && closed.Code == protocol.CloseTokenExpired:
+		return fmt.Errorf("the %s has expired; what is not sent yet is kept for the next start", token)
 	case errors.Is(ch.ended, client.ErrTooManyDevices):
 		return fmt.Errorf("%s has %d devices already; use the name of one of them with --device", ch.config.User, protocol.MaxDevicesPerUser)
 	}
@@ -338,7 +366,7 @@ func (ch *chat) line(ctx context.Context, l chatLine) (quit bool) {
 	argument = strings.TrimSpace(argument)
 	switch {
 	case l.err != nil:
-		ch.note("Not sent: %v.", l.err)
+		ch.notSent(l.err.Error())
 	case text == "":
 		ch.screen.eraseInput(ch.typed)
 	case strings.HasPrefix(text, "//"):
@@ -382,7 +410,7 @@ func (ch *chat) to(user string) {
 func (ch *chat) send(ctx context.Context, text string) {
 	ch.heldUp = ""
 	if ch.peer == "" {
-		ch.note("Nobody to talk to yet: /to USER.")
+		ch.notSent("nobody to talk to yet; /to USER chooses somebody")
 		return
 	}
 	p, err := ch.client.Queue(ctx, ch.peer, text)
@@ -391,7 +419,7 @@ func (ch *chat) send(ctx context.Context, text string) {
 		ch.heldUp = text
 		return
 	case err != nil:
-		ch.note("Not sent: %s.", sendError(err, text))
+		ch.notSent(sendError(err, text))
 		return
 	}
 	s := ch.remember(&chatSend{local: p.Local, receiver: ch.peer, text: text, at: time.Now(), mark: markWaiting})
@@ -399,6 +427,11 @@ func (ch *chat) send(ctx context.Context, text string) {
 		ch.screen.eraseInput(ch.typed)
 		s.line = ch.screen.print(s.show())
 	}
+}
+
+func (ch *chat) notSent(why string) {
+	ch.refused++
+	ch.note("Not sent: %s.", why)
 }
 
 // sendError says why a message was refused, in words.
@@ -462,7 +495,8 @@ func (ch *chat) event(e client.Event) {
 	case client.Connected:
 		ch.connection("connected", true)
 	case client.Disconnected:
-		if e.Final {
+		var closed *client.CloseError
+		if e.Final || ch.config.TokenOnce && errors.As(e.Err, &closed) && closed.Code == protocol.CloseTokenExpired {
 			ch.ended = e.Err
 			return
 		}
@@ -518,7 +552,7 @@ func (ch *chat) answered(e client.Answered) {
 	}
 	if e.Err != nil {
 		ch.marked(s, markFailed)
-		ch.note("Not sent: %s.", sendError(e.Err, e.Text))
+		ch.notSent(sendError(e.Err, e.Text))
 		return
 	}
 	s.number, s.position = e.Sent.Number, e.Sent.Position
@@ -550,7 +584,7 @@ func (ch *chat) delivered(e client.Delivered) {
 		}
 	}
 	if !covered && e.Position > ch.reached[e.Receiver] {
-		sent := time.UnixMilli(protocol.PositionMillis(e.Position)).Format("2006-01-02 15:04")
+		sent := clockTime(time.UnixMilli(protocol.PositionMillis(e.Position)), time.Now())
 		ch.note("%s has received what you had sent by %s", printable(e.Receiver), sent)
 	}
 	ch.reached[e.Receiver] = max(ch.reached[e.Receiver], e.Position)

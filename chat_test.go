@@ -2,18 +2,21 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"millrace/protocol/client"
+	"millrace/protocol/token"
 )
 
 // chatPatience is how long one line may take; it is only ever waited out by a test that fails.
@@ -133,7 +136,7 @@ func TestChatOfTwoPeople(t *testing.T) {
 	alice.expect("* connected")
 	bob.expect("* connected")
 	alice.enter("hi")
-	alice.expect("* Nobody to talk to yet")
+	alice.expect("* Not sent: nobody to talk to yet")
 	alice.enter("/to bo b")
 	alice.expect(`* "bo b" is not a user id`)
 	alice.enter("/to bob")
@@ -157,11 +160,11 @@ func TestChatOfTwoPeople(t *testing.T) {
 	bob.enter("/help")
 	bob.expect("* /to USER")
 	bob.enter("/quit")
-	if err := bob.end(); err != nil {
-		t.Fatal(err)
+	if err := bob.end(); err == nil || err.Error() != "not sent: 3 of the lines" {
+		t.Fatalf("bob's chat ended with %v", err)
 	}
-	if err := alice.end(); err != nil {
-		t.Fatal(err)
+	if err := alice.end(); err == nil || err.Error() != "not sent: 1 of the lines" {
+		t.Fatalf("alice's chat ended with %v", err)
 	}
 }
 
@@ -268,16 +271,91 @@ func TestChatErrorsSayWhatToDo(t *testing.T) {
 	case <-time.After(chatPatience):
 		t.Fatal("the older chat did not end")
 	}
-	config.StateFile = filepath.Join(dir, "third.state")
-	config.Token = client.StaticToken("nonsense")
-	third := openChat(t, config)
-	select {
-	case err := <-third.ended:
-		if err == nil || !strings.Contains(err.Error(), "refused the token of alice") {
-			t.Fatalf("a bad token: %v", err)
+	config.StateFile = filepath.Join(dir, "damaged.state")
+	if err := os.WriteFile(config.StateFile, []byte("this was never the state of a chat"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := runChat(t.Context(), config, strings.NewReader(""), io.Discard); err == nil || !strings.Contains(err.Error(), "Move the file away") {
+		t.Fatalf("a damaged state: %v", err)
+	}
+}
+
+// TestChatTokens: a token that can never become good ends the chat, and the error names where it came from and not the token.
+func TestChatTokens(t *testing.T) {
+	s := startWalk(t)
+	dir := t.TempDir()
+	secret, err := readSecret(s.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expired, err := token.SignHS256(secret, "alice", time.Now().Add(-2*time.Hour), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct{ token, from, want string }{
+		{"nonsense", "", "refused the token of alice"},
+		{"nonsense", "--token", "refused the token in --token: "},
+		{string(s.token("bob")), tokenVariable, "the token in MILLRACE_TOKEN does not say alice: "},
+		{expired, tokenVariable, "the token in MILLRACE_TOKEN has expired"},
+	} {
+		config := chatConfigOf(s, "alice", dir)
+		config.StateFile = filepath.Join(dir, fmt.Sprint(i))
+		config.Token, config.TokenFrom, config.TokenOnce, config.With = client.StaticToken(c.token), c.from, true, "bob"
+		chat := openChat(t, config)
+		select {
+		case err := <-chat.ended:
+			if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), c.token) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+		case <-time.After(chatPatience):
+			t.Errorf("the chat goes on; want %q", c.want)
 		}
-	case <-time.After(chatPatience):
-		t.Fatal("a bad token did not end the chat")
+	}
+}
+
+// TestChatCommandTokens runs the command with each source of a token, in a directory that holds no secret, and looks where the token
+// must not be.
+func TestChatCommandTokens(t *testing.T) {
+	s := startWalk(t)
+	good := string(s.token("alice"))
+	file := writeFile(t, "alice.token", good+"\n")
+	for i, c := range []struct {
+		environ []string
+		args    []string
+		code    int
+		want    string // in the error
+	}{
+		{nil, []string{"--token", good}, exitOK, ""},
+		{nil, []string{"--token-file", file}, exitOK, ""},
+		{[]string{"MILLRACE_TOKEN=" + good}, nil, exitOK, ""},
+		{[]string{"MILLRACE_TOKEN=" + string(s.token("bob"))}, []string{"--token", good}, exitOK, ""},
+		{[]string{"MILLRACE_TOKEN=" + string(s.token("bob"))}, []string{"--token-file", file}, exitOK, ""},
+		{[]string{"MILLRACE_TOKEN=" + string(s.token("bob"))}, nil, exitFailure, "the token in MILLRACE_TOKEN does not say alice"},
+		{[]string{"MILLRACE_TOKEN="}, nil, exitFailure, "get a token: no secret at"},
+		{nil, []string{"--token", good, "--token-file", file}, exitUsage, "can't be used together"},
+		{nil, []string{"--token-file", "/nowhere/token"}, exitFailure, "/nowhere/token"},
+		{nil, []string{"--token", good, "--url", "http://127.0.0.1/ws"}, exitUsage, "--url"},
+		{nil, []string{"--token", good, "--device", "a b"}, exitUsage, "--device"},
+	} {
+		state := filepath.Join(t.TempDir(), "state")
+		args := append([]string{"chat", "--as", "alice", "--with", "bob", "--data-dir", t.TempDir(), "--state-file", state}, c.args...)
+		if !slices.Contains(args, "--url") {
+			args = append(args, "--url", endpoint(s.EdgeAddr()))
+		}
+		var stdout, stderr bytes.Buffer
+		code := run(args, &program{name: "millrace", in: strings.NewReader("hello\n"), out: &stdout, err: &stderr, environ: c.environ})
+		if code != c.code || !strings.Contains(stderr.String(), c.want) || code == exitOK && !strings.Contains(stdout.String(), "✓  to bob: hello") {
+			t.Errorf("case %d: code %d, output %q, error %q; want %d, %q", i, code, stdout.String(), stderr.String(), c.code, c.want)
+		}
+		kept, _ := os.ReadFile(state) // some cases end before there is one
+		if said := stdout.String() + stderr.String() + string(kept); strings.Contains(said, good) {
+			t.Errorf("case %d: the token is in %q", i, said)
+		}
+	}
+	for _, args := range [][]string{{"chat", "--help"}, {"config", "show"}, {"help"}} {
+		if code, out, problem := commandIn([]string{"MILLRACE_TOKEN=" + good}, args...); code != exitOK || problem != "" || strings.Contains(out, good) {
+			t.Errorf("%v: code %d, error %q, output\n%s", args, code, problem, out)
+		}
 	}
 }
 

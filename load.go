@@ -10,10 +10,14 @@ import (
 // envPrefix starts the name of every environment variable that millrace reads.
 const envPrefix = "MILLRACE_"
 
+// tokenVariable holds the access token of a chat.
+const tokenVariable = envPrefix + "TOKEN"
+
 // otherVariables are read by millrace but are no settings.
 var otherVariables = map[string]string{
 	"MILLRACE_CONFIG": "path of the configuration file, if --config is not given",
 	"MILLRACE_CRASH":  "crash point of test builds",
+	tokenVariable:     "access token of a chat, if --token and --token-file are not given",
 }
 
 // configuration is a Config together with where each value comes from.
@@ -23,6 +27,8 @@ type configuration struct {
 	origins map[string]string
 	// warnings are worth a line in the log but do not stop anything.
 	warnings []string
+	// token is the access token in the environment. It is no setting and never shown.
+	token string
 }
 
 // newConfiguration holds the defaults.
@@ -45,6 +51,7 @@ func (e usageError) Unwrap() error { return e.error }
 func loadConfig(flags map[string]string, file string, environ []string) (*configuration, error) {
 	c := newConfiguration()
 	env := c.readEnvironment(environ)
+	c.token = env[tokenVariable]
 	if file == "" {
 		file = env["MILLRACE_CONFIG"]
 	}
