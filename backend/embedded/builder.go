@@ -1,6 +1,8 @@
 package embedded
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"time"
@@ -23,20 +25,27 @@ type builder struct {
 	sinceFlush    int // range tombstones written
 	day           uint16
 	key, value    []byte // scratch
-	windows       overlay[backend.Window]
+	windows       overlay[windowRow]
 	receipts      overlay[backend.ReceiptRow]
 	rows          overlay[bool] // mailbox rows: there or not
 	counts        overlay[mailboxCount]
 	devices       overlay[userDevices]
-	streams       overlay[uint32]
+	streams       overlay[streamRow]
 	mailboxRowMax uint32
 }
 
-// mailboxCount is how many rows a mailbox has, before and in this batch.
+// mailboxCount is how many rows a mailbox has, before and in this batch, and where they begin.
 type mailboxCount struct {
 	user, device string
 	before, now  uint32
+	low          uint64 // no row lies below; meaningless without rows
+	lowPut       uint64 // the lowest position put in this batch, 0 for none
+	removed      uint32 // rows deleted since low was last found
 }
+
+// lowEvery is after how many deletions the first row of a mailbox is looked for again: a page begins at most that many
+// deleted rows, and those of one batch, before it.
+const lowEvery = 64
 
 type userDevices struct {
 	list  []backend.Device
@@ -84,7 +93,6 @@ func (s *builder) init(d *DB) {
 // build fills b.kv, b.answers and the outcomes of b.registers. Its parts stand in the order of the batch.
 func (s *builder) build(d *DB, b *batch) error {
 	s.stateDirty = false
-	s.day = day(d.cfg.Now())
 	s.windows.reset()
 	s.receipts.reset()
 	s.rows.reset()
@@ -93,6 +101,8 @@ func (s *builder) build(d *DB, b *batch) error {
 	s.streams.reset()
 
 	s.appendRecords(b)
+	// Not before the last message: what a clock that was set back dates would expire too early.
+	s.day = day(max(d.nowMs(), protocol.PositionMillis(s.last)))
 	for _, c := range b.commits {
 		if err := s.addCommit(d, b, c); err != nil {
 			return fmt.Errorf("commit: %w", err)
@@ -103,7 +113,12 @@ func (s *builder) build(d *DB, b *batch) error {
 			return fmt.Errorf("register: %w", err)
 		}
 	}
-	if err := s.writeOverlays(b); err != nil {
+	if b.expiry != nil {
+		if err := s.addExpiry(d, b, b.expiry); err != nil {
+			return fmt.Errorf("expire: %w", err)
+		}
+	}
+	if err := s.writeOverlays(d, b); err != nil {
 		return fmt.Errorf("build batch: %w", err)
 	}
 	if err := s.trim(d, b); err != nil {
@@ -187,7 +202,14 @@ func (s *builder) addCommit(d *DB, b *batch, c *backend.Commit) error {
 		if err != nil {
 			return err
 		}
+		newest := old.Blocks[0].Block
 		old.Merge(&w.Window)
+		if old.day < s.day || old.Blocks[0].Block > newest {
+			old.day = max(old.day, s.day)
+			if err := s.useStream(d, &w.Stream, old.Blocks[0].Block); err != nil {
+				return fmt.Errorf("date stream: %w", err)
+			}
+		}
 	}
 	b.finishes = b.finishes || c.LowWater > 0 || len(c.Windows) > 0
 	return nil
@@ -237,7 +259,18 @@ func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
 		return err
 	}
 	b.puts = true
-	return s.countMailbox(d, p.User, p.Device, 1)
+	c, err := s.countMailbox(d, p.User, p.Device, 1)
+	if err != nil {
+		return err
+	}
+	if c.now == 1 {
+		c.low, c.removed = p.Position, 0
+	}
+	c.low = min(c.low, p.Position)
+	if c.lowPut == 0 || p.Position < c.lowPut {
+		c.lowPut = p.Position
+	}
+	return nil
 }
 
 func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
@@ -250,7 +283,12 @@ func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
 	if err := b.kv.Delete(s.key, nil); err != nil {
 		return err
 	}
-	return s.countMailbox(d, k.User, k.Device, -1)
+	c, err := s.countMailbox(d, k.User, k.Device, -1)
+	if err != nil {
+		return err
+	}
+	c.removed++
+	return nil
 }
 
 // mailboxRow says whether the mailbox row at s.key is there.
@@ -258,19 +296,57 @@ func (s *builder) mailboxRow(d *DB) (*bool, error) {
 	return row(d, s.rows, s.key, func([]byte) (bool, error) { return true, nil })
 }
 
-func (s *builder) countMailbox(d *DB, user, device string, change int64) error {
+func (s *builder) countMailbox(d *DB, user, device string, change int64) (*mailboxCount, error) {
 	s.key = appendMailboxName(s.key[:0], rangeCounts, user, device)
 	c, err := row(d, s.counts, s.key, func(value []byte) (mailboxCount, error) {
-		rows, err := decodeCount(value)
-		return mailboxCount{before: rows, now: rows}, err
+		r, err := decodeCount(value)
+		return mailboxCount{before: r.rows, now: r.rows, low: r.low, removed: uint32(r.removed)}, err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c.user, c.device = user, device
 	c.now = rowsOf(c.now, change)
 	s.mailboxRows = uint64(int64(s.mailboxRows) + change)
 	s.stateDirty = true
+	return c, nil
+}
+
+// findLow looks for the first row of a mailbox, in the database and in this batch.
+func (s *builder) findLow(d *DB, c *mailboxCount) error {
+	prefix := appendMailboxPrefix(nil, c.user, c.device)
+	lower := binary.BigEndian.AppendUint64(bytes.Clone(prefix), c.low)
+	first := c.lowPut
+	err := d.scan(lower, appendAfter(nil, prefix), func(key, _ []byte) (bool, error) {
+		if there := s.rows[string(key)]; there != nil && !*there {
+			return true, nil // deleted in this batch
+		}
+		if len(key) != len(prefix)+mailboxPlaceBytes {
+			return false, fmt.Errorf("mailbox key: %w", errRow)
+		}
+		if position := binary.BigEndian.Uint64(key[len(prefix):]); first == 0 || position < first {
+			first = position
+		}
+		return false, nil
+	})
+	if err != nil {
+		return fmt.Errorf("find the first row of a mailbox: %w", err)
+	}
+	c.low, c.removed = first, 0
+	return nil
+}
+
+// useStream dates the row of a stream that has used a window. It keeps two things true: a stream's day is at least that of each
+// of its windows, and its next block is above every block that they know. So no window outlives the row (see expireKinds), and
+// if that has expired under a connection that was silent for two years, the next login does not draw its block again.
+// It is called once a day and once a connection for each window.
+func (s *builder) useStream(d *DB, stream *backend.Stream, block uint32) error {
+	s.key = appendStreamKey(s.key[:0], stream)
+	r, err := row(d, s.streams, s.key, decodeStreamRow)
+	if err != nil {
+		return err
+	}
+	r.day, r.next = max(r.day, s.day), max(r.next, block+1)
 	return nil
 }
 
@@ -290,11 +366,11 @@ func (s *builder) register(d *DB, r *registration) error {
 		return nil
 	}
 	s.key = appendStreamKey(s.key[:0], &r.stream)
-	next, err := row(d, s.streams, s.key, decodeStreamRow)
+	stream, err := row(d, s.streams, s.key, decodeStreamRow)
 	if err != nil {
 		return err
 	}
-	if *next > protocol.MaxBlock { // 268 million connections of one installation: it must begin a new stream
+	if stream.next > protocol.MaxBlock { // 268 million connections of one installation: it must begin a new stream
 		r.refusal = protocol.Refusal{Code: protocol.CodeBadRequest}
 		return nil
 	}
@@ -303,15 +379,66 @@ func (s *builder) register(d *DB, r *registration) error {
 		devices.list = append(devices.list, backend.Device{Name: r.stream.Device, Heir: at == 0})
 		devices.added = true
 	}
-	r.block, r.heir = *next, devices.list[at].Heir
-	*next++
+	r.block, r.heir = stream.next, devices.list[at].Heir
+	stream.next++
+	stream.day = max(stream.day, s.day)
 	return nil
 }
 
+// addExpiry deletes what has expired, but for rows that have changed since the sweeper looked, in this batch or before it: they
+// are in use. It comes last, so that all of the batch is in the overlays.
+func (s *builder) addExpiry(d *DB, b *batch, e *expiry) error {
+	for i := range e.mailbox {
+		before := s.mailboxRows
+		if err := s.deleteMailbox(d, b, &e.mailbox[i]); err != nil {
+			return err
+		}
+		e.removed[expireMailbox] += int(before - s.mailboxRows)
+	}
+	for _, key := range e.outstanding {
+		if err := b.kv.Delete(key, nil); err != nil {
+			return err
+		}
+		e.removed[expireOutstanding]++
+	}
+	for i := range e.windows {
+		_, used := s.windows[string(e.windows[i].key)]
+		if err := s.expireRow(d, b, e, expireWindow, &e.windows[i], used); err != nil {
+			return err
+		}
+	}
+	for i := range e.streams {
+		_, used := s.streams[string(e.streams[i].key)]
+		if err := s.expireRow(d, b, e, expireStream, &e.streams[i], used); err != nil {
+			return err
+		}
+	}
+	if e.clock != nil {
+		return b.kv.Set(keyAgeClock, e.clock, nil)
+	}
+	return nil
+}
+
+func (s *builder) expireRow(d *DB, b *batch, e *expiry, kind int, seen *seenRow, used bool) error {
+	if used {
+		return nil
+	}
+	same := false
+	_, err := d.view(seen.key, func(value []byte) error {
+		same = bytes.Equal(value, seen.value)
+		return nil
+	})
+	if err != nil || !same {
+		return err
+	}
+	e.removed[kind]++
+	return b.kv.Delete(seen.key, nil)
+}
+
 // writeOverlays writes the merged rows. Their order does not matter: the batch is atomic and their keys differ.
-func (s *builder) writeOverlays(b *batch) error {
+func (s *builder) writeOverlays(d *DB, b *batch) error {
 	for key, w := range s.windows {
-		if err := s.set(b, key, appendWindow(s.value[:0], w, s.day)); err != nil {
+		if err := s.set(b, key, appendWindow(s.value[:0], w)); err != nil {
 			return err
 		}
 	}
@@ -328,13 +455,13 @@ func (s *builder) writeOverlays(b *batch) error {
 			return err
 		}
 	}
-	for key, next := range s.streams {
-		if err := s.set(b, key, appendStreamRow(s.value[:0], *next, s.day)); err != nil {
+	for key, stream := range s.streams {
+		if err := s.set(b, key, appendStreamRow(s.value[:0], *stream)); err != nil {
 			return err
 		}
 	}
 	for key, c := range s.counts {
-		if err := s.writeCount(b, key, c); err != nil {
+		if err := s.writeCount(d, b, key, c); err != nil {
 			return err
 		}
 	}
@@ -347,8 +474,8 @@ func (s *builder) set(b *batch, key string, value []byte) error {
 }
 
 // writeCount writes a mailbox count, and the row that says that it is full, if that changed.
-func (s *builder) writeCount(b *batch, key string, c *mailboxCount) error {
-	if c.now == c.before {
+func (s *builder) writeCount(d *DB, b *batch, key string, c *mailboxCount) error {
+	if c.now == c.before && c.lowPut == 0 {
 		return nil
 	}
 	var err error
@@ -356,7 +483,12 @@ func (s *builder) writeCount(b *batch, key string, c *mailboxCount) error {
 		s.key = append(s.key[:0], key...)
 		err = b.kv.Delete(s.key, nil)
 	} else {
-		err = s.set(b, key, appendCount(s.value[:0], c.now))
+		if c.removed >= lowEvery {
+			if err := s.findLow(d, c); err != nil {
+				return err
+			}
+		}
+		err = s.set(b, key, appendCount(s.value[:0], countRow{c.now, c.low, uint16(c.removed)}))
 	}
 	was, is := c.before >= s.mailboxRowMax, c.now >= s.mailboxRowMax
 	if err != nil || was == is {

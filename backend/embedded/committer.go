@@ -23,6 +23,7 @@ type pending struct {
 	appends   []*backend.Record
 	commits   []*backend.Commit
 	registers []registration
+	expiry    *expiry // at most one: the sweeper waits for it
 
 	commitBytes int
 	commitUntil time.Time // when the oldest commit has waited for company long enough; zero: none waits
@@ -51,12 +52,20 @@ func (p *pending) addCommit(c *backend.Commit) {
 	if p.stopped {
 		return
 	}
-	if len(p.commits) == 0 {
+	if p.commitUntil.IsZero() {
 		p.commitUntil = time.Now().Add(maxCommitWait)
 	}
 	p.commits = append(p.commits, c)
 	p.commitBytes += commitSize(c)
 	p.urgent = p.urgent || c.Urgent
+}
+
+// addExpiry waits for company as a commit does.
+func (p *pending) addExpiry(e *expiry) {
+	p.expiry = e
+	if p.commitUntil.IsZero() {
+		p.commitUntil = time.Now().Add(maxCommitWait)
+	}
 }
 
 // commitSize estimates what a commit adds to a batch.
@@ -71,7 +80,7 @@ func (p *pending) due(now time.Time) (yes bool, until time.Time) {
 	switch {
 	case len(p.appends) > 0, len(p.registers) > 0, p.urgent, p.commitBytes >= maxCommitBytes:
 		return true, until
-	case p.closing && (len(p.commits) > 0 || !p.trimUntil.IsZero()):
+	case p.closing && (len(p.commits) > 0 || p.expiry != nil || !p.trimUntil.IsZero()):
 		return true, until
 	}
 	for _, t := range [...]time.Time{p.commitUntil, p.trimUntil} {
@@ -116,6 +125,8 @@ func (p *pending) take(b *batch) {
 	n = min(len(p.registers), maxBatchBytes/256)
 	b.registers = append(b.registers[:0], p.registers[:n]...)
 	p.registers = dropFirst(p.registers, n)
+
+	b.expiry, p.expiry = p.expiry, nil
 }
 
 func dropFirst[T any](list []T, n int) []T {
@@ -144,6 +155,7 @@ type batch struct {
 	answers   []protocol.Answer
 	commits   []*backend.Commit
 	registers []registration
+	expiry    *expiry
 	full      []fullChange
 	memory    int64 // what its records hold of MaxWaitingBytes
 	puts      bool  // it has mailbox rows
@@ -186,14 +198,13 @@ func (b *batch) recycle() {
 	b.registers = b.registers[:0]
 	clear(b.full)
 	b.full = b.full[:0]
-	b.memory, b.puts, b.finishes, b.err, b.bytes = 0, false, false, nil, 0
+	b.expiry, b.memory, b.puts, b.finishes, b.err, b.bytes = nil, 0, false, false, nil, 0
 }
 
 // runCommitter builds one batch after the other and hands them to the syncer. The channel is unbuffered: while
 // batch k syncs, batch k+1 is built and given to Pebble, whose log writer takes it up when k's sync ends, and everything that
 // comes meanwhile gathers for k+2.
 func (d *DB) runCommitter() {
-	defer d.workers.Done()
 	defer close(d.syncing)
 	for range batchesInFlight {
 		d.free <- d.newBatch()
@@ -262,6 +273,9 @@ func (d *DB) write(b *batch) {
 		if b.finishes {
 			d.at("before_finish")
 		}
+		if b.expiry != nil {
+			d.at("before_expiry")
+		}
 		b.writtenAt = time.Now()
 		if !b.kv.Empty() {
 			b.bytes = b.kv.Len() // now: Pebble keeps the contents of a very large batch
@@ -289,7 +303,6 @@ func (d *DB) fail(err error) {
 
 // runSyncer waits for each batch to be durable and reports it.
 func (d *DB) runSyncer() {
-	defer d.workers.Done()
 	defer close(d.stop)
 	d.greet()
 	for b := range d.syncing {
@@ -377,6 +390,13 @@ func (d *DB) report(b *batch) {
 		r.done(r.block, r.heir, r.refusal)
 	}
 	d.count.registers.Add(uint64(len(b.registers)))
+	if b.expiry != nil {
+		d.at("after_expiry")
+		for kind, n := range b.expiry.removed {
+			d.count.expired[kind].Add(uint64(n))
+		}
+		b.expiry.done()
+	}
 }
 
 // refuse answers a batch that was not written. Every later one is refused too, so all later records of a

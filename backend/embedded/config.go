@@ -79,6 +79,7 @@ type Config struct {
 	skipSyncWait bool              // answer before the fsync: what the crash tests must find
 	atPoint      func(name string) // called at every crash point
 	exit         func(code int)    // instead of os.Exit after a failed WAL
+	stillSweeper bool              // Start does not run the sweeper: the test takes its steps
 }
 
 func (c *Config) validate() error {

@@ -185,7 +185,7 @@ func (w *crashWorld) check(fs vfs.FS, shards int, identity [32]byte, told told) 
 		err = errors.Join(err, errors.New("the identity secret has changed"))
 	}
 	if err == nil {
-		err = checkCounts(d)
+		err = errors.Join(checkCounts(d), checkStreams(d))
 	}
 	if err == nil {
 		err = w.checkNext(d, told, answer)
@@ -367,12 +367,16 @@ func (w *crashWorld) checkNext(d *DB, told told, answer <-chan protocol.Answer) 
 	return nil
 }
 
-// checkCounts compares the counts of rows with the rows.
+// checkCounts compares the counts of rows with the rows, and where they are said to begin.
 func checkCounts(d *DB) error {
 	rows := make(map[string]uint32)
+	first := make(map[string]uint64)
 	total := uint64(0)
 	err := d.scan([]byte{rangeMailbox}, []byte{rangeMailbox + 1}, func(key, _ []byte) (bool, error) {
-		rows[string(key[1:len(key)-mailboxPlaceBytes-1])]++ // user 0 device
+		name := string(key[1 : len(key)-mailboxPlaceBytes-1]) // user 0 device
+		if rows[name]++; rows[name] == 1 {
+			first[name] = binary.BigEndian.Uint64(key[len(key)-mailboxPlaceBytes:])
+		}
 		total++
 		return true, nil
 	})
@@ -380,11 +384,15 @@ func checkCounts(d *DB) error {
 		return err
 	}
 	err = d.scan([]byte{rangeCounts}, []byte{rangeCounts + 1}, func(key, value []byte) (bool, error) {
-		n, err := decodeCount(value)
-		if err == nil && n != rows[string(key[1:])] {
-			err = fmt.Errorf("mailbox %q has %d rows, its count says %d", key[1:], rows[string(key[1:])], n)
+		c, err := decodeCount(value)
+		name := string(key[1:])
+		if err == nil && c.rows != rows[name] {
+			err = fmt.Errorf("mailbox %q has %d rows, its count says %d", name, rows[name], c.rows)
 		}
-		delete(rows, string(key[1:]))
+		if err == nil && c.low > first[name] {
+			err = fmt.Errorf("mailbox %q begins at %d, its count says %d", name, first[name], c.low)
+		}
+		delete(rows, name)
 		return true, err
 	})
 	if err != nil {
@@ -397,6 +405,31 @@ func checkCounts(d *DB) error {
 		return fmt.Errorf("there are %d mailbox rows, the state says %d", total, n)
 	}
 	return nil
+}
+
+// checkStreams checks that every window will be outlived by the row of its stream, and that the stream draws no block
+// that the window knows.
+func checkStreams(d *DB) error {
+	return d.scan([]byte{rangeWindows}, []byte{rangeWindows + 1}, func(key, value []byte) (bool, error) {
+		w, err := decodeWindow(value)
+		if err != nil {
+			return false, err
+		}
+		n, size := binary.Uvarint(key[1:])
+		stream, err := d.get(append([]byte{rangeStreams}, key[1+size+int(n):]...))
+		if err != nil {
+			return false, err
+		}
+		if stream == nil {
+			return false, fmt.Errorf("P3: the window %q has no stream", key)
+		}
+		row, err := decodeStreamRow(stream)
+		if err == nil && (row.day < w.day || row.next <= w.Blocks[0].Block) {
+			err = fmt.Errorf("P3: the window %q of day %d knows block %d, its stream of day %d draws %d next",
+				key, w.day, w.Blocks[0].Block, row.day, row.next)
+		}
+		return true, err
+	})
 }
 
 // crash is one moment at which the power went: what was told, and the disk with different parts of what was not synced.

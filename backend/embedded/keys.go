@@ -26,6 +26,7 @@ const logKeyBytes = 1 + 8
 var (
 	keyIdentity = []byte{rangeMeta, 'i'}
 	keyState    = []byte{rangeMeta, 's'}
+	keyAgeClock = []byte{rangeMeta, 'a'}
 )
 
 // The functions below append a key to dst, which the caller reuses: Pebble copies keys.

@@ -58,6 +58,12 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	for i, s := range d.shards {
 		emit(p+"unread_records", "Durable records that delivery has not taken yet.", false, float64(s.unreadNow.Load()), "shard", strconv.Itoa(i))
 	}
+	for kind, name := range expireNames {
+		emit(p+"expired_rows_total", "Rows deleted because of their age, by kind.", true, float64(c.expired[kind].Load()), "kind", name)
+	}
+	emit(p+"swept_rows_total", "Rows that the search for expired ones looked at.", true, float64(c.sweptRows.Load()))
+	emit(p+"sweep_passes_total", "Passes of that search over the whole database.", true, float64(c.passes.Load()))
+	emit(p+"sweep_pass_age_seconds", "Time since the last of these passes began, or since the start; one is due every day.", false, time.Duration(c.sincePass.Load()).Seconds())
 	emit(p+"mailbox_rows", "Rows in all mailboxes.", false, float64(c.mailboxRows.Load()))
 
 	emit(p+"store_full", "1 while sends are refused for want of disk space.", false, oneIf(d.space.full.Load()))

@@ -58,6 +58,9 @@ type DB struct {
 	// Owned by the committer, see committer.go.
 	builder builder
 
+	// Owned by the sweeper's goroutine, see expiry.go.
+	sweeper sweeper
+
 	syncing chan *batch   // committer → syncer, unbuffered: at most one batch syncs while one is built
 	free    chan *batch   // syncer → committer, for reuse
 	kick    chan struct{} // wakes the committer; capacity 1
@@ -256,6 +259,9 @@ func (d *DB) recover() error {
 		d.shards[i] = newShard(&d.cfg)
 	}
 	b.lows = make([]lowWater, len(d.shards))
+	if err := d.sweeper.load(d); err != nil {
+		return err
+	}
 
 	b.trimmed = b.last + 1
 	first := true
@@ -305,10 +311,12 @@ func (d *DB) Start(h backend.Hooks) {
 	d.pending.started = true
 	d.mu.Unlock()
 	d.hooks = fillHooks(h)
-	d.workers.Add(3)
-	go d.runCommitter()
-	go d.runSyncer()
-	go d.watchSpace()
+	d.workers.Go(d.runCommitter)
+	d.workers.Go(d.runSyncer)
+	d.workers.Go(d.watchSpace)
+	if !d.cfg.stillSweeper {
+		d.workers.Go(d.runSweeper)
+	}
 }
 
 func fillHooks(h backend.Hooks) backend.Hooks {
@@ -367,6 +375,11 @@ type counters struct {
 	refusedLag     atomic.Uint64
 	refusedFull    atomic.Uint64
 	refusedOther   atomic.Uint64
+
+	expired   [expireKinds]atomic.Uint64
+	sweptRows atomic.Uint64
+	passes    atomic.Uint64
+	sincePass atomic.Int64 // nanoseconds of run time since the last pass began
 
 	mailboxRows atomic.Uint64
 	lastSync    atomic.Int64 // UnixNano of the start of the sync under way, 0 when none is

@@ -147,7 +147,24 @@ func (d *DB) scanLog(from, until uint64, yield func(position uint64, value []byt
 
 // scan calls yield for the rows in [lower, upper), ascending, until it returns false. Key and value are valid during
 // the call. It fails with ErrClosed after Close.
-func (d *DB) scan(lower, upper []byte, yield func(key, value []byte) (bool, error)) (err error) {
+func (d *DB) scan(lower, upper []byte, yield func(key, value []byte) (bool, error)) error {
+	return d.iterate(lower, upper, func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; ok = ok && it.Next() {
+			value, err := it.ValueAndErr()
+			if err != nil {
+				return err
+			}
+			if ok, err = yield(it.Key(), value); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// iterate calls use with an iterator over [lower, upper), not positioned, and closes it. An error of the iterator is returned
+// too: use need only stop when it has no more. It fails with ErrClosed after Close.
+func (d *DB) iterate(lower, upper []byte, use func(it *pebble.Iterator) error) error {
 	d.reads.RLock()
 	defer d.reads.RUnlock()
 	if d.closed {
@@ -157,14 +174,9 @@ func (d *DB) scan(lower, upper []byte, yield func(key, value []byte) (bool, erro
 	if err != nil {
 		return err
 	}
-	for ok := it.First(); ok && err == nil; ok = ok && it.Next() {
-		var value []byte
-		if value, err = it.ValueAndErr(); err == nil {
-			ok, err = yield(it.Key(), value)
-		}
-	}
+	err = use(it)
 	if closeErr := it.Close(); err == nil {
-		err = closeErr // also the error that ended the iteration
+		err = closeErr
 	}
 	return err
 }
@@ -176,6 +188,11 @@ func (d *DB) view(key []byte, use func(value []byte) error) (found bool, err err
 	if d.closed {
 		return false, ErrClosed
 	}
+	return d.viewLocked(key, use)
+}
+
+// viewLocked is view inside iterate, which holds reads: taken twice, Close between the two would stop both.
+func (d *DB) viewLocked(key []byte, use func(value []byte) error) (found bool, err error) {
 	value, closer, err := d.kv.Get(key)
 	if err == pebble.ErrNotFound {
 		return false, nil

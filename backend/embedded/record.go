@@ -4,7 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
+	"math"
 
 	"millrace/backend"
 	"millrace/protocol"
@@ -96,8 +96,13 @@ func recordID(value []byte) (id protocol.MessageID, ok bool) {
 // A window: version (1), day of last use (2), then 16 bytes for each used block, the newest first.
 const windowBlockBytes = 4 + 4 + 8
 
-func appendWindow(dst []byte, w *backend.Window, day uint16) []byte {
-	dst = binary.BigEndian.AppendUint16(append(dst, rowVersion), day)
+type windowRow struct {
+	backend.Window
+	day uint16
+}
+
+func appendWindow(dst []byte, w *windowRow) []byte {
+	dst = binary.BigEndian.AppendUint16(append(dst, rowVersion), w.day)
 	for _, b := range w.Blocks {
 		if b.Highest == 0 {
 			break
@@ -109,10 +114,10 @@ func appendWindow(dst []byte, w *backend.Window, day uint16) []byte {
 	return dst
 }
 
-func decodeWindow(value []byte) (w backend.Window, err error) {
+func decodeWindow(value []byte) (w windowRow, err error) {
 	d := decoder{rest: value}
 	d.version()
-	d.take(2)
+	w.day = d.uint16()
 	n := len(d.rest) / windowBlockBytes
 	if n > len(w.Blocks) || len(d.rest) != n*windowBlockBytes {
 		d.failed = true
@@ -200,29 +205,46 @@ func decodeDevices(value []byte) (devices []backend.Device, err error) {
 }
 
 // A stream: version (1), next block (4), day of last use (2).
-func appendStreamRow(dst []byte, next uint32, day uint16) []byte {
-	dst = binary.BigEndian.AppendUint32(append(dst, rowVersion), next)
-	return binary.BigEndian.AppendUint16(dst, day)
+type streamRow struct {
+	next uint32
+	day  uint16
 }
 
-func decodeStreamRow(value []byte) (next uint32, err error) {
+func appendStreamRow(dst []byte, r streamRow) []byte {
+	dst = binary.BigEndian.AppendUint32(append(dst, rowVersion), r.next)
+	return binary.BigEndian.AppendUint16(dst, r.day)
+}
+
+func decodeStreamRow(value []byte) (r streamRow, err error) {
 	d := decoder{rest: value}
 	d.version()
-	next = d.uint32()
-	d.take(2)
-	return next, d.end("stream")
+	r.next = d.uint32()
+	r.day = d.uint16()
+	return r, d.end("stream")
 }
 
-// A count: version (1), rows (4).
-func appendCount(dst []byte, rows uint32) []byte {
-	return binary.BigEndian.AppendUint32(append(dst, rowVersion), rows)
+// A count: version (1), rows (4), low (8), removed (2).
+type countRow struct {
+	rows    uint32
+	low     uint64 // no row of the mailbox lies below
+	removed uint16 // rows deleted since low was last found
 }
 
-func decodeCount(value []byte) (rows uint32, err error) {
+func appendCount(dst []byte, c countRow) []byte {
+	dst = binary.BigEndian.AppendUint32(append(dst, rowVersion), c.rows)
+	dst = binary.BigEndian.AppendUint64(dst, c.low)
+	return binary.BigEndian.AppendUint16(dst, c.removed)
+}
+
+// decodeCount also takes the rows of the first versions, which end with the number of rows.
+func decodeCount(value []byte) (c countRow, err error) {
 	d := decoder{rest: value}
 	d.version()
-	rows = d.uint32()
-	return rows, d.end("mailbox count")
+	c.rows = d.uint32()
+	if len(d.rest) > 0 {
+		c.low, c.removed = d.uint64(), d.uint16()
+	}
+	return c, d.end("mailbox count")
 }
 
 // state is what a restart must know of the whole and cannot find in the rows: they are deleted in time. Stored as
@@ -246,8 +268,10 @@ func decodeState(value []byte) (s state, err error) {
 	return s, d.end("state")
 }
 
+const dayMs = 24 * 60 * 60 * 1000
+
 // day counts days since 1970 in 16 bits: enough until 2149, and to expire rows by.
-func day(now time.Time) uint16 { return uint16(now.Unix() / 86_400) }
+func day(ms int64) uint16 { return uint16(min(max(ms/dayMs, 0), math.MaxUint16)) }
 
 func appendShort(dst []byte, s string) []byte { return append(append(dst, byte(len(s))), s...) }
 
@@ -284,6 +308,13 @@ func (d *decoder) short() []byte {
 		return nil
 	}
 	return d.take(int(b[0]))
+}
+
+func (d *decoder) uint16() uint16 {
+	if b := d.take(2); len(b) == 2 {
+		return binary.BigEndian.Uint16(b)
+	}
+	return 0
 }
 
 func (d *decoder) uint32() uint32 {

@@ -131,7 +131,6 @@ func (s *space) reserve() {
 
 // watchSpace checks once a second until the DB closes.
 func (d *DB) watchSpace() {
-	defer d.workers.Done()
 	ticker := time.NewTicker(spaceInterval)
 	defer ticker.Stop()
 	for {

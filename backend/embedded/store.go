@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/cockroachdb/pebble/v2"
+
 	"millrace/backend"
 	"millrace/protocol"
 )
@@ -53,8 +55,9 @@ func (d *DB) Devices(user string) (devices []backend.Device, err error) {
 // Window is one duplicate window.
 func (d *DB) Window(k backend.WindowKey) (w backend.Window, err error) {
 	var scratch [320]byte
-	_, err = d.view(appendWindowKey(scratch[:0], &k), func(value []byte) (err error) {
-		w, err = decodeWindow(value)
+	_, err = d.view(appendWindowKey(scratch[:0], &k), func(value []byte) error {
+		row, err := decodeWindow(value)
+		w = row.Window
 		return err
 	})
 	if err != nil {
@@ -108,29 +111,58 @@ func (d *DB) MailboxRow(k backend.MailboxKey) (r *backend.Record, ok bool, err e
 	return r, ok, nil
 }
 
-// MailboxPage is at most limit rows of one mailbox after (position, id).
+// MailboxPage is at most limit rows of one mailbox after (position, id). An empty mailbox costs two point reads, and the rows
+// that were deleted at the front of another cost nothing, see mailboxLowLocked.
 func (d *DB) MailboxPage(user, device string, position uint64, id protocol.MessageID, limit int) ([]*backend.Record, error) {
 	if limit <= 0 {
 		return nil, nil
 	}
 	prefix := appendMailboxPrefix(nil, user, device)
-	lower := append(appendMailboxKey(nil, user, device, position, &id), 0) // just after that row
 	var page []*backend.Record
-	err := d.scan(lower, appendAfter(nil, prefix), func(key, value []byte) (bool, error) {
-		if len(key) != len(prefix)+mailboxPlaceBytes {
-			return false, fmt.Errorf("mailbox key: %w", errRow)
+	err := d.iterate(prefix, appendAfter(nil, prefix), func(it *pebble.Iterator) error {
+		low, some, err := d.mailboxLowLocked(user, device)
+		if err != nil || !some {
+			return err
 		}
-		r, err := decodeRecord(value, binary.BigEndian.Uint64(key[len(prefix):]))
-		if err != nil {
-			return false, err
+		from := append(appendMailboxKey(nil, user, device, position, &id), 0) // just after that row
+		if low > position {
+			from = binary.BigEndian.AppendUint64(append(from[:0], prefix...), low)
 		}
-		page = append(page, r)
-		return len(page) < limit, nil
+		for ok := it.SeekGE(from); ok && len(page) < limit; ok = it.Next() {
+			key := it.Key()
+			if len(key) != len(prefix)+mailboxPlaceBytes {
+				return fmt.Errorf("mailbox key: %w", errRow)
+			}
+			value, err := it.ValueAndErr()
+			if err != nil {
+				return err
+			}
+			r, err := decodeRecord(value, binary.BigEndian.Uint64(key[len(prefix):]))
+			if err != nil {
+				return err
+			}
+			page = append(page, r)
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read mailbox: %w", err)
 	}
 	return page, nil
+}
+
+// mailboxLowLocked is a position below which the mailbox has no row; some is false if it has none at all. A scan that began at the
+// first key would pass over every row that was deleted and is not yet compacted away: 7 ms for 100 000. It is to be
+// called when the iterator is there: a row that the iterator shows below low has been deleted since, and one that was put
+// below low after the iterator was made lowers it, and is not for this page anyway.
+func (d *DB) mailboxLowLocked(user, device string) (low uint64, some bool, err error) {
+	var scratch [128]byte
+	some, err = d.viewLocked(appendMailboxName(scratch[:0], rangeCounts, user, device), func(value []byte) error {
+		c, err := decodeCount(value)
+		low = c.low
+		return err
+	})
+	return low, some, err
 }
 
 // ReceiptsSince calls yield for the receipt rows of a sender that changed at or after since, in no particular order.
