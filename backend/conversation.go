@@ -81,15 +81,14 @@ type window struct {
 	stream  Stream
 	done    Window
 	pending []uint64
+	newest  uint64 // the last number that came as a new one, see Owner.entered
 	dirty   bool
 }
 
 // window finds the window of a stream, reading it when it is not here.
 func (c *conversation) window(r Reader, s Stream) (*window, error) {
-	for _, w := range c.windows {
-		if w.stream == s {
-			return w, nil
-		}
+	if w := c.loadedWindow(s); w != nil {
+		return w, nil
 	}
 	done, err := r.Window(WindowKey{c.key, s})
 	if err != nil {
@@ -98,6 +97,16 @@ func (c *conversation) window(r Reader, s Stream) (*window, error) {
 	w := &window{stream: s, done: done}
 	c.windows = append(c.windows, w)
 	return w, nil
+}
+
+// loadedWindow is the window of a stream if it is here, else nil.
+func (c *conversation) loadedWindow(s Stream) *window {
+	for _, w := range c.windows {
+		if w.stream == s {
+			return w
+		}
+	}
+	return nil
 }
 
 func (w *window) inFlight(seq uint64) bool {

@@ -59,6 +59,7 @@ type OwnerStats struct {
 	Receipts     uint64
 	Commits      uint64
 	ReadErrors   uint64
+	Violations   Violations
 }
 
 // MailboxReason is why a message went to a mailbox.
@@ -202,7 +203,8 @@ func (o *Owner) Take(nowMs int64, records []*Record) (n int, err error) {
 
 func (o *Owner) take(nowMs int64, r *Record) error {
 	if r.Position <= o.taken {
-		o.stats.Duplicates++ // a queue may redeliver; what was taken is in flight or finished
+		o.stats.Duplicates++
+		o.redelivered(r)
 		return nil
 	}
 	conv := o.conversation(ConversationKey(r.Sender, r.Receiver))
@@ -214,6 +216,7 @@ func (o *Owner) take(nowMs int64, r *Record) error {
 	if w.done.Finished(r.Seq) || w.inFlight(r.Seq) {
 		o.taken = r.Position
 		o.stats.Duplicates++
+		o.resent(conv, w, r)
 		return nil
 	}
 	// Read now, after the record is durable, and never from a cache: a device that registered before
@@ -225,6 +228,7 @@ func (o *Owner) take(nowMs int64, r *Record) error {
 	o.taken = r.Position
 	o.stats.Taken++
 	e := o.enter(nowMs, r, conv, w)
+	o.entered(w, r)
 	if len(devices) == 0 {
 		e.deliveries = append(e.deliveries, delivery{device: "", state: mailbox})
 		o.writeMailbox(e, 0, r, MailboxNoDevice)
@@ -344,6 +348,9 @@ func (o *Owner) settle(out *Settlement) error {
 
 func (o *Owner) settleFlying(e *entry, out *Settlement) error {
 	if out.User != e.receiver {
+		if out.Kind == protocol.Acknowledged {
+			o.stats.Violations[PromiseAddressee]++ // somebody else has it
+		}
 		o.stats.Ignored++
 		return nil
 	}
@@ -437,6 +444,9 @@ func (o *Owner) settleStored(out *Settlement) error {
 }
 
 func (o *Owner) acknowledgeStored(key MailboxKey, r *Record) error {
+	if r.Receiver != key.User {
+		o.stats.Violations[PromiseAddressee]++ // a row in somebody else's mailbox
+	}
 	conv := o.conversation(ConversationKey(r.Sender, r.Receiver))
 	defer o.rest(conv)
 	rc := conv.receipt(r.Sender, r.Receiver)

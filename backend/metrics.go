@@ -4,10 +4,14 @@ import "strconv"
 
 // Metrics gives the present figures. It may be called from any goroutine.
 func (s *Server) Metrics(emit func(name, help string, counter bool, value float64, labels ...string)) {
+	violations := Violations{PromiseRefusal: s.unsound.Load()}
 	for _, sh := range s.shards {
 		sh.report.Lock()
 		st, inFlight := sh.stats, sh.inFlight
 		sh.report.Unlock()
+		for p, n := range st.Violations {
+			violations[p] += n
+		}
 		shard := strconv.Itoa(sh.number)
 		count := func(name, help string, n uint64, labels ...string) {
 			emit("millrace_backend_"+name, help, true, float64(n), append(labels, "shard", shard)...)
@@ -25,6 +29,10 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 			count("mailbox_writes_total", "Messages that went to a mailbox, by reason.", n, "reason", MailboxReason(r).String())
 		}
 		emit("millrace_backend_in_flight", "Records that are not finished and committed.", false, float64(inFlight), "shard", shard)
+	}
+	for p := PromiseOnce; p < promises; p++ {
+		emit("millrace_backend_invariant_violations_total", "Must be 0: what has broken a promise or would have.", true,
+			float64(violations[p]), "promise", p.String())
 	}
 	emit("millrace_backend_full_mailboxes", "Users with a mailbox at its limit.", false, float64(s.full.users.Load()))
 }

@@ -66,5 +66,15 @@ func (s *Server) Publish(sub *protocol.Submission) protocol.Refusal {
 		Resend: sub.Resend,
 	}
 	r.ID = s.identity.MessageID(r.Stream(), ConversationKey(r.Sender, r.Receiver), r.Seq)
-	return s.cfg.Queue.Append(r)
+	refusal := s.cfg.Queue.Append(r)
+	s.refused(refusal)
+	return refusal
+}
+
+// answer passes on what the queue says to submissions.
+func (s *Server) answer(batch []protocol.Answer) {
+	for i := range batch {
+		s.refused(batch[i].Refusal)
+	}
+	s.cfg.Answer(batch)
 }

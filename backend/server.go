@@ -63,6 +63,7 @@ type Server struct {
 	full     fullMailboxes
 	shards   []*shard
 	pages    pageQueue
+	unsound  atomic.Uint64 // refusals, see Server.refused
 	stop     chan struct{}
 	done     sync.WaitGroup
 }
@@ -136,7 +137,7 @@ func NewServer(cfg Config) (*Server, error) {
 // Hooks are what the queue and the store must call.
 func (s *Server) Hooks() Hooks {
 	return Hooks{
-		Answer:      s.cfg.Answer,
+		Answer:      s.answer,
 		Wake:        func(shard int) { s.shards[shard].signal() },
 		MailboxFull: s.full.set,
 	}
@@ -421,6 +422,7 @@ func (sh *shard) act() {
 func (sh *shard) publish(more bool) {
 	sh.report.Lock()
 	defer sh.report.Unlock()
+	sh.alarm(&sh.stats.Violations, &sh.owner.Stats().Violations)
 	sh.stats = *sh.owner.Stats()
 	sh.inFlight = sh.owner.InFlight()
 	sh.rounds++
