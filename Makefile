@@ -40,15 +40,15 @@ lint: ## staticcheck
 	go run $(STATICCHECK) ./...
 	go run $(STATICCHECK) -tags crashpoints ./...
 
-# At the end of -fuzztime go test sometimes fails with nothing but its own expired deadline; such an end is
-# told apart by its text, and by the failing input that a real failure writes.
+# Before Go 1.27 the end of -fuzztime can fail with nothing but its own expired deadline (go.dev/issue/75804). A hang looks the same, but
+# comes again.
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	@set -e; log=$$(mktemp); trap 'rm -f $$log' EXIT; \
+	fuzz() { go test -run '^$$' -fuzz "^$$2$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$1" </dev/null >$$log 2>&1; }; \
+	expired() { grep -q 'context deadline exceeded' $$log && ! grep -q 'Failing input written' $$log; }; \
 	grep -rn --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file _ target; do \
-		target=$${target#func }; echo "fuzz $$(dirname $$file) $$target"; \
-		if ! go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$(dirname $$file)" </dev/null >$$log 2>&1; then \
-			cat $$log; grep -q 'context deadline exceeded' $$log && ! grep -q 'Failing input written' $$log || exit 1; \
-		fi; \
+		dir=$$(dirname $$file); target=$${target#func }; echo "fuzz $$dir $$target"; \
+		fuzz $$dir $$target || { expired && echo "past its deadline: once more" && fuzz $$dir $$target; } || { cat $$log; exit 1; }; \
 		grep 'execs:' $$log | tail -1 || true; \
 	done
 

@@ -23,7 +23,7 @@ import (
 	"millrace/protocol/client"
 )
 
-var kills = flag.Int("kills", 6, "how many times TestKill kills the server")
+var kills = flag.Int("kills", 2*len(crashPoints), "how many times TestKill kills the server; every other time at a crash point")
 
 const (
 	killPatience   = 60 * time.Second       // for what must come; only a test that fails waits it out
@@ -105,6 +105,11 @@ func TestKill(t *testing.T) {
 	}
 	for _, where := range slices.Sorted(maps.Keys(at)) {
 		t.Logf("%3d kills: %s", at[where], where)
+	}
+	for _, point := range crashPoints {
+		if *kills >= 2*len(crashPoints) && at[point.name] == 0 {
+			t.Errorf("crash point %s was never tried", point.name)
+		}
 	}
 	t.Logf("%d kills in all; %d answered, %d shown; %s", *kills, v.Answered, v.Shown, v)
 	if !v.OK() || v.Open > 0 || v.Answered == 0 {
