@@ -1,19 +1,57 @@
 package backend
 
-import "millrace/protocol"
+import (
+	"slices"
+
+	"millrace/protocol"
+)
 
 // conversation is what the owner keeps of one conversation while it is in use, and for a while after.
 type conversation struct {
 	key      string
 	queue    []*entry // not finished, by position
-	writing  int      // deliveries in state mailbox
-	commits  int      // commits with something of it that are not durable
-	touched  bool     // it has something in the commit being gathered
+	writing  []writing
+	commits  int  // commits with something of it that are not durable
+	touched  bool // it has something in the commit being gathered
 	windows  []*window
 	receipts []*receipt
 
 	newer, older *conversation // neighbours in the idle list
 	isIdle       bool
+}
+
+// writing is how many messages are on their way to a mailbox: deliveries in state mailbox.
+type writing struct {
+	mailboxName
+	messages int
+}
+
+// mailboxName names a mailbox; device "" is the user's own.
+type mailboxName struct{ user, device string }
+
+// writes adds to the messages on their way to a mailbox. The list has a place for each mailbox of the two users that
+// anything goes to, nine each at most.
+func (c *conversation) writes(user, device string, change int) {
+	name := mailboxName{user, device}
+	for i := range c.writing {
+		if w := &c.writing[i]; w.mailboxName == name {
+			if w.messages += change; w.messages == 0 {
+				c.writing = slices.Delete(c.writing, i, i+1)
+			}
+			return
+		}
+	}
+	c.writing = append(c.writing, writing{name, change})
+}
+
+// writesTo reports whether a message is on its way to a mailbox that this device drains.
+func (c *conversation) writesTo(user string, to *Device) bool {
+	for i := range c.writing {
+		if w := &c.writing[i]; w.user == user && (w.device == to.Name || w.device == "" && to.Heir) {
+			return true
+		}
+	}
+	return false
 }
 
 // conversation finds or makes the conversation; call rest when done with it.

@@ -235,8 +235,8 @@ func (o *Owner) take(nowMs int64, r *Record) error {
 		return nil
 	}
 	o.routes = o.cfg.Locator.Locate(o.routes[:0], r.Receiver)
-	for _, d := range devices {
-		o.deliver(e, d.Name, r)
+	for i := range devices {
+		o.deliver(e, &devices[i], r)
 	}
 	return nil
 }
@@ -256,17 +256,17 @@ func (o *Owner) enter(nowMs int64, r *Record, conv *conversation, w *window) *en
 }
 
 // deliver pushes to a live session, or writes to the mailbox.
-func (o *Owner) deliver(e *entry, device string, r *Record) {
+func (o *Owner) deliver(e *entry, to *Device, r *Record) {
 	i := len(e.deliveries)
-	e.deliveries = append(e.deliveries, delivery{device: device})
+	e.deliveries = append(e.deliveries, delivery{device: to.Name})
 	reason := MailboxNoRoute
 	for _, route := range o.routes {
-		if route.Device != device {
+		if route.Device != to.Name {
 			continue
 		}
-		// An earlier message of this conversation on its way to the same mailbox goes first: the notice that
-		// follows its commit reaches the session before any later push.
-		if route.Live && !e.conv.writesTo(e, device) {
+		// An earlier message of this conversation on its way to a mailbox that the session drains goes first: the notice
+		// that follows its commit reaches the session before any later push.
+		if route.Live && !e.conv.writesTo(e.receiver, to) {
 			o.actions.Pushes = append(o.actions.Pushes, protocol.Push{To: route.Session, Device: route.Device, Message: &r.Message})
 			o.stats.Pushed++
 			return
@@ -277,33 +277,11 @@ func (o *Owner) deliver(e *entry, device string, r *Record) {
 	o.writeMailbox(e, i, r, reason)
 }
 
-// writesTo reports whether an earlier message to the same device is on its way to the mailbox.
-func (c *conversation) writesTo(e *entry, device string) bool {
-	if c.writing == 0 {
-		return false
-	}
-	for _, q := range c.queue {
-		if q != e && q.receiver == e.receiver && q.writesTo(device) {
-			return true
-		}
-	}
-	return false
-}
-
-func (e *entry) writesTo(device string) bool {
-	for _, d := range e.deliveries {
-		if d.state == mailbox && d.device == device {
-			return true
-		}
-	}
-	return false
-}
-
 // writeMailbox puts a row of delivery i into the next commit. r may be nil: the row is then copied from the log.
 func (o *Owner) writeMailbox(e *entry, i int, r *Record, reason MailboxReason) {
 	d := &e.deliveries[i]
 	d.state = mailbox
-	e.conv.writing++
+	e.conv.writes(e.receiver, d.device, 1)
 	o.touch(e.conv)
 	o.next.Mailbox = append(o.next.Mailbox, MailboxPut{User: e.receiver, Device: d.device, Record: r, Position: e.position})
 	o.next.Urgent = true
@@ -390,7 +368,7 @@ func (o *Owner) acknowledge(e *entry, d *delivery) error {
 			MailboxKey{User: e.receiver, Device: d.device, Position: e.position, ID: e.id})
 	}
 	if d.state == mailbox {
-		e.conv.writing--
+		e.conv.writes(e.receiver, d.device, -1)
 	}
 	d.state = delivered
 	o.stats.Acknowledged++
@@ -615,7 +593,7 @@ func (o *Owner) mailboxed(w mailboxWrite) {
 		d := &w.e.deliveries[i]
 		if d.device == w.device && d.state == mailbox {
 			d.state = mailboxed
-			w.e.conv.writing--
+			w.e.conv.writes(w.e.receiver, d.device, -1)
 		}
 	}
 	o.routes = o.cfg.Locator.Locate(o.routes[:0], w.e.receiver)
