@@ -2,6 +2,7 @@ package backend
 
 import (
 	"fmt"
+	"slices"
 
 	"millrace/protocol"
 )
@@ -605,8 +606,9 @@ func (o *Owner) mailboxed(w mailboxWrite) {
 }
 
 func (o *Owner) notify(s protocol.Session) {
-	// Rows of one commit often go to one session: one notice covers them.
-	if n := len(o.actions.Notices); n > 0 && o.actions.Notices[n-1] == s {
+	// Rows of one commit often go to the same few sessions, those of one user: one notice each covers them.
+	recent := o.actions.Notices[max(0, len(o.actions.Notices)-protocol.MaxDevicesPerUser):]
+	if slices.Contains(recent, s) {
 		return
 	}
 	o.actions.Notices = append(o.actions.Notices, s)
