@@ -252,7 +252,6 @@ func (o *Owner) enter(nowMs int64, r *Record, conv *conversation, w *window) *en
 	o.flying[e.position] = e
 	conv.queue = append(conv.queue, e)
 	w.pending = append(w.pending, r.Seq)
-	o.touch(conv)
 	return e
 }
 
