@@ -126,10 +126,11 @@ func (m *Millrace) Draining() bool { return m.draining.Load() }
 // what the owners want stored.
 func (m *Millrace) Drain(ctx context.Context) error {
 	m.draining.Store(true)
-	if err := m.edge.Drain(ctx, drainSpread); err != nil {
-		return fmt.Errorf("drain clients: %w", err)
+	err := m.edge.Drain(ctx, drainSpread)
+	if err != nil {
+		err = fmt.Errorf("drain clients: %w", err)
 	}
-	return m.owner.Flush(ctx)
+	return errors.Join(err, m.owner.Flush(ctx))
 }
 
 // Close stops everything, in the order in which work flows. What was answered is durable already.

@@ -47,6 +47,7 @@ const (
 	flagDeaf                             // nothing more is read: what follows cannot be understood, or need not be
 	flagReceipts                         // receipts wait, see loop.receiptsDue
 	flagDoomed                           // will be closed when the turn ends
+	flagLate                             // accepted after Drain had begun
 )
 
 // conn is one connection, in a slab of its loop and touched by nothing but that loop. An idle connection owns
@@ -169,7 +170,7 @@ func (l *loop) session(c *conn) protocol.Session {
 func (l *loop) handleFrame(c *conn, f *protocol.Frame) {
 	switch {
 	case f.Kind.FromServer():
-		l.badFrame(c, f.Seq, protocol.CodeUnknownAction, "only a server sends this")
+		l.badFrame(c, 0, protocol.CodeUnknownAction, "only a server sends this")
 	case c.state == stateOpen && f.Kind == protocol.KindSend:
 		l.send(c, f)
 	case c.state == stateOpen && f.Kind == protocol.KindAcknowledge:
@@ -329,8 +330,10 @@ func (l *loop) renew(c *conn, f *protocol.Frame) {
 		l.refuse(c, 0, protocol.Refusal{Code: code}, 0)
 		return
 	}
-	c.expires = l.expiry(claims)
-	c.flags &^= flagRenewAsked
+	if expires := l.expiry(claims); expires > c.expires {
+		c.expires = expires
+		c.flags &^= flagRenewAsked // one that ends no later is not asked for again
+	}
 	reply := &l.reply
 	reply.Reset()
 	reply.Kind = protocol.KindRenewed

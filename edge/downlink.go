@@ -411,13 +411,21 @@ func (l *loop) flushOne(o *output) {
 	c := o.conn
 	if c != nil {
 		defer l.recoverFrom(l.session(c).Conn)
+		defer l.endOutput(o)
 		l.emitReceipts(c)
 		o.seal(c.text())
-		c.out = 0
-		o.conn = nil
+		l.endOutput(o)
 		l.write(c, o.buf.B)
 	}
 	putBuffer(&outputs, o.buf)
+}
+
+// endOutput parts a connection from what was queued for it, before the write, and after a panic too.
+func (l *loop) endOutput(o *output) {
+	if o.conn != nil {
+		o.conn.out = 0
+		o.conn = nil
+	}
 }
 
 // write hands bytes to the socket. Afterwards the connection may be gone.
@@ -428,6 +436,7 @@ func (l *loop) write(c *conn, b []byte) {
 	if l.buffered(c)+len(b) > outHardBytes {
 		l.m.drops[dropOutput]++
 		l.endSession(c, closeSlow)
+		c.state = stateClosing
 		l.doom(c)
 		return
 	}

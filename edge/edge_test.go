@@ -209,7 +209,7 @@ func TestRenewAndExpiryOverSockets(t *testing.T) {
 		if f := c.want(protocol.KindRenew); f.ExpiresInMs < 1 || f.ExpiresInMs > 2000 {
 			t.Fatalf("renew %+v", f)
 		}
-		c.send(&protocol.Frame{Kind: protocol.KindRenewToken, Token: until(2)})
+		c.send(&protocol.Frame{Kind: protocol.KindRenewToken, Token: until(3)})
 		c.want(protocol.KindRenewed)
 		c.want(protocol.KindRenew)
 		c.wantError(protocol.CodeTokenExpired)

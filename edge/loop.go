@@ -181,6 +181,10 @@ func (l *loop) open(s socket) *conn {
 	c.epoch = l.server.accepted.Add(1) // until it is registered; see register
 	c.heard = l.tick
 	c.deadline = l.tick + l.server.authenticateTicks
+	if l.server.draining.Load() {
+		c.flags |= flagLate
+		l.server.late.Add(1)
+	}
 	l.turning = false
 	return c
 }
@@ -264,7 +268,7 @@ func (l *loop) upgrade(c *conn, head []byte, status int) {
 		return
 	}
 	l.upgraded(c, &r)
-	if r.device == nil {
+	if len(r.device) == 0 {
 		r.device = append(l.scratch[:0], protocol.DefaultDevice...)
 	}
 	l.register(c, claims, r.device, 0, 0)
@@ -388,6 +392,9 @@ func (l *loop) forget(c *conn) {
 	l.release(c)
 	c.sock = nil
 	l.server.connections.Add(-1)
+	if c.has(flagLate) {
+		l.server.late.Add(-1)
+	}
 	if c.has(flagAsked) {
 		c.state = stateGone
 		return

@@ -93,6 +93,7 @@ type fakeSocket struct {
 	broken     bool
 	closed     bool
 	halfClosed bool
+	panics     bool
 }
 
 func (s *fakeSocket) Write(b []byte) (int, error) {
@@ -111,8 +112,14 @@ func (s *fakeSocket) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (s *fakeSocket) OutboundBuffered() int { return s.buffered }
-func (s *fakeSocket) Fd() int               { return -1 }
+func (s *fakeSocket) OutboundBuffered() int {
+	if s.panics {
+		panic("bug")
+	}
+	return s.buffered
+}
+
+func (s *fakeSocket) Fd() int { return -1 }
 
 func (s *fakeSocket) close() {
 	if !s.closed {
@@ -1338,4 +1345,111 @@ func TestNameArena(t *testing.T) {
 		t.Fatal("no name is a name")
 	}
 	a.remove(nameRef{})
+}
+
+// TestHardLimitEndsOneSession: a connection over the hard limit is counted out once.
+func TestHardLimitEndsOneSession(t *testing.T) {
+	b := newBench(t, nil)
+	a := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	b.open(protocol.SubprotocolBinary, "bob", "phone")
+	a.stalled = true
+	for range 100 {
+		var data []byte
+		for range 100 {
+			data = append(data, clientFrame(9, true, make([]byte, 125))...)
+		}
+		if a.closed {
+			break
+		}
+		a.receive(data)
+	}
+	if !a.closed || b.l.sessions != 1 {
+		t.Fatalf("closed %v, %d sessions", a.closed, b.l.sessions)
+	}
+}
+
+// TestNothingFollowsTheClose: a connection that is silent in the middle of a frame gets one close.
+func TestNothingFollowsTheClose(t *testing.T) {
+	b := newBench(t, func(c *Config) { c.HeartbeatSeconds = 15 })
+	a := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	b.live(a)
+	a.receive([]byte{0x82, 0x85}) // half a header
+	a.out = nil
+	b.pass(32 * time.Second)
+	if got := a.read(); got != `9 ""; error timeout; close 4408` {
+		t.Fatal(got)
+	}
+}
+
+// TestPanicInFlush: a bug that panics while output is written costs the connection that met it.
+func TestPanicInFlush(t *testing.T) {
+	b := newBench(t, nil)
+	a := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	s := b.live(a)
+	list := make([]protocol.ReceiptPush, protocol.MaxReceiptsPerFrame)
+	for i := range list {
+		list[i] = protocol.ReceiptPush{To: s, Receiver: "bob", Position: 1}
+	}
+	b.s.Receipts(list)
+	a.conn.flags |= flagBacklog
+	a.panics = true
+	b.l.drainInbox()
+	if !a.closed || b.l.m.panics != 1 {
+		t.Fatalf("closed %v after %d panics", a.closed, b.l.m.panics)
+	}
+}
+
+// TestFrameOfTheServerEndsNoNumber: a client that sends a server's frame gets an error and changes nothing.
+func TestFrameOfTheServerEndsNoNumber(t *testing.T) {
+	b := newBench(t, nil)
+	b.publish = func(*protocol.Submission) protocol.Refusal {
+		return protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 9}
+	}
+	a := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	a.frame(sendFrame(1, "a"))
+	a.read()
+	a.frame(&protocol.Frame{Kind: protocol.KindReceived, Seq: 1})
+	a.wants("error unknown_action")
+	a.frame(sendFrame(2, "b"))
+	a.wants("error overloaded 2 from 1 retry")
+}
+
+// TestSendsWithoutANumber: of those in one message 16 are answered.
+func TestSendsWithoutANumber(t *testing.T) {
+	b := newBench(t, nil)
+	a := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	a.read()
+	var data []byte
+	for range 40 {
+		data = protocol.AppendBinary(data, sendFrame(0, "x"))
+	}
+	a.receive(clientFrame(2, true, data))
+	if got := strings.Count(a.read(), "error bad_request"); got != maxBadFrames || b.l.m.drops[dropBadFrame] != 40-maxBadFrames {
+		t.Fatalf("%d answered, %d dropped", got, b.l.m.drops[dropBadFrame])
+	}
+}
+
+// TestRenewWithATokenThatEndsNoLater: it is accepted, and not asked for again every second.
+func TestRenewWithATokenThatEndsNoLater(t *testing.T) {
+	b := newBench(t, nil)
+	a := b.accept()
+	a.receive([]byte(upgradeText(protocol.SubprotocolBinary, "")))
+	a.out = nil
+	token := fmt.Appendf(nil, "alice until %d", b.now.Unix()+90)
+	a.frame(&protocol.Frame{Kind: protocol.KindConnect, Token: token, Device: []byte("phone")})
+	b.s.Registered(protocol.Registered{To: b.asked[0].Session})
+	b.l.drainInbox()
+	a.read()
+	asked := 0
+	for range 900 {
+		b.pass(100 * time.Millisecond)
+		if len(a.out) > 0 && strings.HasPrefix(a.read(), "renew ") {
+			asked++
+			a.frame(&protocol.Frame{Kind: protocol.KindRenewToken, Token: token})
+			a.read()
+		}
+	}
+	if asked != 1 {
+		t.Fatalf("asked %d times", asked)
+	}
 }

@@ -139,6 +139,7 @@ type Server struct {
 
 	published   []published
 	connections atomic.Int64
+	late        atomic.Int64  // of these, accepted after Drain had begun: they get 503, or are silent
 	accepted    atomic.Uint64 // connections so far: orders logins
 	full        atomic.Uint64 // connections refused because there were MaxConnections
 	strays      atomic.Uint64
@@ -321,7 +322,7 @@ func (s *Server) loopOf(to protocol.Session) *loop {
 }
 
 // Drain tells every client to go away and come back within spread, answers what they have sent, and closes them with 1012.
-// New upgrades get 503 meanwhile. It returns when no connection is left, or an error when ctx ends or 8 s are over before.
+// New upgrades get 503 meanwhile. It returns when no connection from before is left, or an error when ctx ends or 8 s are over before.
 func (s *Server) Drain(ctx context.Context, spread time.Duration) error {
 	s.spreadMs.Store(max(1, spread.Milliseconds()))
 	s.draining.Store(true)
@@ -334,7 +335,7 @@ func (s *Server) Drain(ctx context.Context, spread time.Duration) error {
 	defer cancel()
 	poll := time.NewTicker(10 * time.Millisecond)
 	defer poll.Stop()
-	for s.connections.Load() > 0 {
+	for s.connections.Load() > s.late.Load() {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("edge: drain: %d connections left: %w", s.connections.Load(), ctx.Err())

@@ -109,6 +109,9 @@ func (l *loop) sweepOpen(c *conn) {
 		return
 	}
 	l.sweepSilence(c)
+	if c.state != stateOpen {
+		return
+	}
 	l.sweepFrame(c)
 	l.sweepToken(c)
 	l.sweepOutput(c)

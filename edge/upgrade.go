@@ -65,7 +65,7 @@ func (s *headScan) scan(b []byte) (end, status int) {
 type upgradeRequest struct {
 	key    []byte
 	token  []byte // of Authorization: Bearer; nil when there is none
-	device []byte // of the query; nil when there is none
+	device []byte // of the query, with a token; empty when there is none
 	json   bool
 	chosen string // the subprotocol to name in the response; "" when none was offered
 }
@@ -119,10 +119,10 @@ func parseUpgrade(b []byte, origins []origin) (r upgradeRequest, e httpError) {
 	if e = h.judge(origins); e.status != 0 {
 		return r, e
 	}
-	if r.device, ok = queryDevice(query); !ok {
-		return r, httpError{400, "device is not a device id: 1 to 32 of A-Z a-z 0-9 . _ @ -"}
-	}
 	if h.authorizations > 0 {
+		if r.device, ok = queryDevice(query); !ok {
+			return r, httpError{400, "device is not a device id: 1 to 32 of A-Z a-z 0-9 . _ @ -"}
+		}
 		if r.token, ok = bearer(h.authorization); !ok || h.authorizations > 1 {
 			return r, httpError{401, "the Authorization header is not one Bearer token"}
 		}
@@ -260,7 +260,7 @@ func queryDevice(query []byte) (device []byte, ok bool) {
 		pair, query, _ = bytes.Cut(query, []byte{'&'})
 		if name, value, _ := bytes.Cut(pair, []byte{'='}); string(name) == "device" {
 			device, ok = unescape(value)
-			return device, ok && protocol.ValidDevice(device)
+			return device, ok && (len(device) == 0 || protocol.ValidDevice(device))
 		}
 	}
 	return nil, true

@@ -7,6 +7,10 @@ import "millrace/protocol"
 // send handles one send_message of an open connection.
 func (l *loop) send(c *conn, f *protocol.Frame) {
 	l.m.sends++
+	if f.Seq == 0 { // names no send
+		l.badFrame(c, 0, protocol.CodeBadRequest, "message_id_by_client starts at 1")
+		return
+	}
 	if r := protocol.CheckSend(f); r.Code != protocol.OK {
 		if c.work != nil && c.work.upActive {
 			c.work.up.Ended(f.Seq)

@@ -94,7 +94,7 @@ func (u *Uplink) Offer(seq uint64, nowMs int64, limit *RateLimit) (v Verdict, re
 			return Refuse, protocol.Refusal{Code: protocol.CodeWindowExceeded}, 0
 		}
 		u.behind |= 1 << (seq - u.held)
-		return Refuse, u.heldRefusal(nowMs), u.held
+		return Refuse, u.heldRefusal(seq, nowMs, limit), u.held
 	}
 	if u.handed != 0 && seq >= u.base && seq-u.base < 64 && u.handed>>(seq-u.base)&1 == 1 {
 		return Ignore, protocol.Refusal{}, 0
@@ -250,8 +250,15 @@ func (u *Uplink) release(seq uint64) {
 	u.held += uint64(skip)
 }
 
-func (u *Uplink) heldRefusal(nowMs int64) protocol.Refusal {
-	return protocol.Refusal{Code: u.heldCode, RetryAfterMs: uint32(max(1, u.heldUntil-nowMs))}
+// heldRefusal is what a number behind a hold is told. Over the rate, each waits for those before it as well: who waits the
+// longest of the times has a token for each of them, up to the burst, and does not write most of them in vain.
+func (u *Uplink) heldRefusal(seq uint64, nowMs int64, limit *RateLimit) protocol.Refusal {
+	wait := max(1, u.heldUntil-nowMs)
+	if limit.on() && u.heldCode == protocol.CodeRateLimited {
+		before := bits.OnesCount64(u.behind & (1<<(seq-u.held) - 1))
+		wait += int64(float64(before) * 1000 / limit.PerSecond)
+	}
+	return protocol.Refusal{Code: u.heldCode, RetryAfterMs: uint32(min(wait, protocol.MaxRetryAfterMillis))}
 }
 
 // flooding counts one refusal for rate and reports whether the client went on at over ten

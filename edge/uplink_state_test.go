@@ -234,7 +234,7 @@ offer 6`, `
 offer 1: published
 offer 2: published
 offer 3: rate_limited from 3 after 100
-offer 4: rate_limited from 3 after 100
+offer 4: rate_limited from 3 after 200
 offer 3: published
 offer 4: rate_limited from 4 after 100
 offer 4: published
