@@ -427,7 +427,8 @@ func TestConnectionLimitIsExact(t *testing.T) {
 
 func TestDrainAndStop(t *testing.T) {
 	both(t, func(t *testing.T, sub string) {
-		s, b := serve(t, nil)
+		// Whoever waited for a connection that says nothing would wait longer than Drain may take.
+		s, b := serve(t, func(c *Config) { c.AuthenticateSeconds = 60 })
 		idle := login(t, s, sub, "alice", "phone")
 		b.mu.Lock()
 		b.hold = true
@@ -446,6 +447,9 @@ func TestDrainAndStop(t *testing.T) {
 		conn.Close()
 		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || !resp.Close {
 			t.Errorf("during a drain: %s", resp.Status)
+		}
+		for range 4 {
+			dialTCP(t, s) // says nothing; most of them come after their loop told everybody to go
 		}
 		busy.sendMessage(2, "x")
 		if f := busy.wantError(protocol.CodeShuttingDown); f.Seq != 2 || f.ResendFrom != 2 || f.RetryAfterMs == 0 {
