@@ -94,7 +94,7 @@ type shard struct {
 	stats    OwnerStats // a copy, for Metrics
 	inFlight int
 	rounds   uint64 // steps done
-	idle     bool   // the last step left nothing to take or to commit
+	idle     bool   // the last step left nothing to take, to settle or to commit
 
 	caughtUp atomic.Bool // the log was read to its end at least once
 }
@@ -426,5 +426,5 @@ func (sh *shard) publish(more bool) {
 	sh.stats = *sh.owner.Stats()
 	sh.inFlight = sh.owner.InFlight()
 	sh.rounds++
-	sh.idle = !more && len(sh.records) == 0 && !sh.owner.Dirty() && sh.owner.Uncommitted() == 0
+	sh.idle = !more && len(sh.records) == 0 && len(sh.settling) == 0 && !sh.owner.Dirty() && sh.owner.Uncommitted() == 0
 }
