@@ -33,8 +33,9 @@ type twin struct {
 	conns  uint64
 	names  map[protocol.Session]string // for messages
 
-	failing map[string]bool // what cannot be read
-	refusal protocol.Refusal
+	failing  map[string]bool // what cannot be read
+	onCommit func()          // told of each commit, if set
+	refusal  protocol.Refusal
 }
 
 // twinGap lies between two positions, so that a transcript can put one in between.
@@ -216,8 +217,11 @@ func (w *twin) load(position uint64) (*Record, error) {
 
 func (w *twin) Commit(c *Commit) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.commits = append(w.commits, c)
+	w.mu.Unlock()
+	if w.onCommit != nil {
+		w.onCommit()
+	}
 }
 
 // durable applies the oldest commit and calls its Done. It reports false if there is none.
