@@ -157,6 +157,7 @@ type Client struct {
 	messages chan Message  // unbuffered: the runner offers the oldest message
 	first    chan struct{} // closed when a connection stands for the first time
 	final    chan struct{} // closed when err is set
+	stopped  chan struct{} // closed when the last command has run and its reply is given
 	done     chan struct{} // closed when everything has ended
 	cancel   context.CancelFunc
 
@@ -191,6 +192,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 		messages: make(chan Message),
 		first:    make(chan struct{}),
 		final:    make(chan struct{}),
+		stopped:  make(chan struct{}),
 		done:     make(chan struct{}),
 		user:     st.user,
 	}
@@ -375,12 +377,13 @@ func (c *Client) Drain(ctx context.Context) error {
 }
 
 // do runs f on the client's goroutine and waits for its reply, which comes soon: at most a write to the disk is between.
-// ctx counts until f is accepted, so that a caller always knows whether it ran.
+// ctx counts until f is accepted, so that a caller always knows whether it ran. A closing client waits for OnEvent and the
+// TokenSource, which may be in here: they must not wait for it in turn.
 func (c *Client) do(ctx context.Context, f func(r *runner, reply func(error))) error {
 	answer := make(chan error, 1)
 	command := func(r *runner) { f(r, func(err error) { answer <- err }) }
 	select {
-	case <-c.done:
+	case <-c.stopped:
 		return c.Err()
 	default:
 	}
@@ -388,13 +391,13 @@ func (c *Client) do(ctx context.Context, f func(r *runner, reply func(error))) e
 	case c.commands <- command:
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-c.done:
+	case <-c.stopped:
 		return c.Err()
 	}
 	select {
 	case err := <-answer:
 		return err
-	case <-c.done:
+	case <-c.stopped:
 	}
 	select {
 	case err := <-answer: // both were ready

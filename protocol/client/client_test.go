@@ -510,6 +510,63 @@ func TestCloseInterruptsEverything(t *testing.T) {
 	})
 }
 
+// TestCloseWaitsForACallbackThatCalls: while Close waits for OnEvent and the TokenSource, what they call returns.
+func TestCloseWaitsForACallbackThatCalls(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		var c *Client
+		called, closing := make(chan struct{}), make(chan struct{})
+		results := make(chan error, 5)
+		unsent := func() error { _, err := c.Unsent(context.Background()); return err }
+		o := s.options("alice")
+		var tokens atomic.Int64
+		o.Token = func(ctx context.Context) (string, error) {
+			if tokens.Add(1) > 1 { // of renew
+				<-ctx.Done()
+				_ = unsent() // before or after the last command
+			}
+			return "alice", nil
+		}
+		o.OnEvent = func(e Event) {
+			if _, ok := e.(Answered); !ok {
+				return
+			}
+			close(called)
+			<-closing
+			_, err := c.Queue(context.Background(), "bob", "again")
+			results <- err
+			_, err = c.Send(context.Background(), "bob", "again")
+			results <- err
+			results <- c.Acknowledge(context.Background(), Message{ID: testID(1)})
+			results <- unsent()
+			results <- c.Drain(context.Background())
+		}
+		c = mustDial(t, o)
+		s.mu.Lock()
+		session := s.sessions["alice/default"]
+		s.mu.Unlock()
+		session.write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
+		mustSend(t, c, "bob", "first")
+		<-called
+		closed := make(chan error, 1)
+		go func() { closed <- c.Close() }()
+		synctest.Wait()
+		select {
+		case err := <-closed:
+			t.Fatalf("did not wait for OnEvent: %v", err)
+		default:
+		}
+		close(closing)
+		if err := <-closed; err != nil {
+			t.Fatal(err)
+		}
+		for range cap(results) {
+			if err := <-results; !errors.Is(err, ErrClosed) {
+				t.Errorf("a call while closing: %v, want ErrClosed", err)
+			}
+		}
+	})
+}
+
 // TestSendContext: a send that was never written is taken back; one that was written is not.
 func TestSendContext(t *testing.T) {
 	bubble(t, func(t *testing.T, s *fakeServer) {

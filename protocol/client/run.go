@@ -596,6 +596,7 @@ func (r *runner) shutdown() {
 		r.conn.finish(protocol.CloseNormal)
 	}
 	r.end(ErrClosed, now)
+	close(r.client.stopped)
 	r.wg.Wait()
 	err = r.state.close()
 	r.events.close()
