@@ -148,6 +148,13 @@ func (l *loop) push(p *protocol.Push) {
 	l.act(c, effects)
 }
 
+// overflow says that a push to a session was refused before it came here.
+func (l *loop) overflow(s *protocol.Session) {
+	if c := l.slots.find(s.Conn); c != nil && c.state == stateOpen && !c.has(flagLeaving) {
+		l.act(c, c.down.Overflow(s.Generation))
+	}
+}
+
 // isFor checks promise P5 once more where it matters: no byte of a message reaches a connection that is not its addressee's.
 func (l *loop) isFor(c *conn, m *protocol.Message) bool {
 	if user, _ := l.names.get(c.names); string(user) == m.Receiver {

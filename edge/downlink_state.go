@@ -145,12 +145,20 @@ func (d *Downlink) Push(generation uint32, p Pending, room bool) (PushVerdict, E
 		return Skip, 0
 	}
 	if !room || f.full() {
-		d.turnDraining()
-		d.paused = true
-		return RefusePush, StateChanged
+		return RefusePush, d.Overflow(generation)
 	}
 	f.pending = append(f.pending, p)
 	return Write, 0
+}
+
+// Overflow says that a push of this generation was refused for want of room, here or on its way.
+func (d *Downlink) Overflow(generation uint32) Effects {
+	if !d.live || generation != d.generation {
+		return 0
+	}
+	d.turnDraining()
+	d.paused = true
+	return StateChanged
 }
 
 // Notify says that something was written to the mailbox for this session.

@@ -7,8 +7,8 @@ import (
 )
 
 const (
-	// inboxBytes bounds what waits for a loop: beyond it pushes are refused and receipts dropped. Notices are one bit
-	// a session, answers are bounded by the sends and pages by the requests: those are always taken.
+	// inboxBytes bounds what waits for a loop: beyond it pushes and pages are refused and receipts dropped. Notices and refusals
+	// are one a session, and answers are bounded by the sends: those are always taken.
 	inboxBytes = 16 << 20
 	// inboxKeep is the capacity, in entries, that an emptied list keeps.
 	inboxKeep = 8192
@@ -24,8 +24,8 @@ type inbox struct {
 	mu      sync.Mutex
 	closed  bool
 	filling inboxBatch
-	bytes   int    // of the pushes and receipts in filling
-	dropped uint64 // receipts
+	bytes   int // of the pushes, pages and receipts in filling
+	drops   inboxDrops
 
 	draining inboxBatch // owned by the loop
 }
@@ -35,13 +35,20 @@ type inboxBatch struct {
 	runs       []run
 	answers    []protocol.Answer
 	pushes     []protocol.Push
-	refused    []protocol.Push // over the budget: nothing is written, the owner is told
+	refused    []protocol.Session // a push was over the budget: what follows it must not overtake
 	notices    []protocol.Session
 	receipts   []protocol.ReceiptPush
 	pages      []protocol.Page
 	registered []protocol.Registered
 	replaced   []protocol.Session
 	fences     []protocol.Fence
+
+	inRefused, inNotices map[uint64]struct{} // by Session.Conn: one entry is enough
+}
+
+// inboxDrops counts what was over the budget since the start.
+type inboxDrops struct {
+	pushes, pages, receipts uint64
 }
 
 type inboxKind uint8
@@ -83,25 +90,75 @@ func (in *inbox) put(fill func(b *inboxBatch)) (wake, ok bool) {
 	return wake, true
 }
 
-func (in *inbox) putPushes(list []protocol.Push) (wake, ok bool) {
+// putPushes returns those that are over the budget, or behind one to the same session that was. The loop learns only that
+// the session must drain; the owner is told by the caller.
+func (in *inbox) putPushes(list []protocol.Push) (refused []protocol.Push, wake, ok bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closed {
-		return false, false
+		return nil, false, false
 	}
-	wake = len(in.filling.runs) == 0
+	b := &in.filling
+	wake = len(b.runs) == 0
 	for i := range list {
 		n := pushBytes + len(list[i].Message.Content)
-		if in.bytes+n > inboxBytes {
-			in.filling.refused = append(in.filling.refused, withoutContent(list[i]))
-			in.filling.note(inboxRefused, 1)
+		if _, behind := b.inRefused[list[i].To.Conn]; behind || in.bytes+n > inboxBytes {
+			if once(&b.inRefused, list[i].To.Conn) {
+				b.refused = append(b.refused, list[i].To)
+				b.note(inboxRefused, 1)
+			}
+			refused = append(refused, list[i])
 			continue
 		}
 		in.bytes += n
-		in.filling.pushes = append(in.filling.pushes, list[i])
-		in.filling.note(inboxPush, 1)
+		b.pushes = append(b.pushes, list[i])
+		b.note(inboxPush, 1)
 	}
-	return wake, true
+	in.drops.pushes += uint64(len(refused))
+	return refused, wake, true
+}
+
+// putNotices keeps one for each session: the pass that the first one begins sees what the others tell of.
+func (in *inbox) putNotices(list []protocol.Session) (wake, ok bool) {
+	return in.put(func(b *inboxBatch) {
+		for i := range list {
+			if once(&b.inNotices, list[i].Conn) {
+				b.notices = append(b.notices, list[i])
+				b.note(inboxNotice, 1)
+			}
+		}
+	})
+}
+
+// once is true the first time that a batch meets a connection.
+func once(seen *map[uint64]struct{}, conn uint64) bool {
+	if _, found := (*seen)[conn]; found {
+		return false
+	}
+	if *seen == nil {
+		*seen = make(map[uint64]struct{})
+	}
+	(*seen)[conn] = struct{}{}
+	return true
+}
+
+// putPage takes a page. One over the budget becomes a refusal, upon which the sweep asks again.
+func (in *inbox) putPage(p protocol.Page) (wake, ok bool) {
+	n := 0
+	for i := range p.Rows {
+		n += pushBytes + len(p.Rows[i].Message.Content)
+	}
+	return in.put(func(b *inboxBatch) {
+		if in.bytes+n > inboxBytes {
+			in.drops.pages++
+			p.Rows = nil
+			p.Refusal = protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 1000}
+		} else {
+			in.bytes += n
+		}
+		b.pages = append(b.pages, p)
+		b.note(inboxPage, 1)
+	})
 }
 
 // putReceipts drops what is over the budget. A receipt is state: a later one of the same conversation covers it, and
@@ -113,7 +170,7 @@ func (in *inbox) putReceipts(list []protocol.ReceiptPush) (wake, ok bool) {
 		return false, false
 	}
 	taken := max(0, min(len(list), (inboxBytes-in.bytes)/receiptBytes))
-	in.dropped += uint64(len(list) - taken)
+	in.drops.receipts += uint64(len(list) - taken)
 	if taken == 0 {
 		return false, true
 	}
@@ -122,14 +179,6 @@ func (in *inbox) putReceipts(list []protocol.ReceiptPush) (wake, ok bool) {
 	in.filling.receipts = append(in.filling.receipts, list[:taken]...)
 	in.filling.note(inboxReceipt, taken)
 	return wake, true
-}
-
-// withoutContent keeps of a refused push what its outcome needs, so that the refusal holds no content in memory.
-func withoutContent(p protocol.Push) protocol.Push {
-	m := *p.Message
-	m.Content = nil
-	p.Message = &m
-	return p
 }
 
 // take hands everything to the loop; the batch is valid until done.
@@ -144,11 +193,11 @@ func (in *inbox) take() *inboxBatch {
 // done lets go of what the batch held, so that an idle loop keeps no message alive.
 func (in *inbox) done() { in.draining.clear() }
 
-// size is how many bytes of pushes and receipts wait, and how many receipts were dropped since the start.
-func (in *inbox) size() (bytes int, dropped uint64) {
+// size is how many bytes of pushes, pages and receipts wait, and what was over the budget since the start.
+func (in *inbox) size() (bytes int, drops inboxDrops) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.bytes, in.dropped
+	return in.bytes, in.drops
 }
 
 // close makes every later put fail.
@@ -170,6 +219,8 @@ func (b *inboxBatch) clear() {
 	b.registered = emptied(b.registered)
 	b.replaced = emptied(b.replaced)
 	b.fences = emptied(b.fences)
+	b.inRefused = emptiedSet(b.inRefused)
+	b.inNotices = emptiedSet(b.inNotices)
 }
 
 // emptied clears what was used, so that nothing is kept alive, and keeps a bounded capacity.
@@ -179,4 +230,12 @@ func emptied[T any](list []T) []T {
 	}
 	clear(list)
 	return list[:0]
+}
+
+func emptiedSet(set map[uint64]struct{}) map[uint64]struct{} {
+	if len(set) > inboxKeep {
+		return nil
+	}
+	clear(set)
+	return set
 }

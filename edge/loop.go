@@ -450,11 +450,10 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 				l.serving = p.To.Conn
 				l.push(p)
 			case inboxRefused:
-				p := &b.refused[k.refused]
+				s := &b.refused[k.refused]
 				k.refused++
-				l.serving = p.To.Conn
-				l.m.drops[dropInbox]++
-				l.refusedPush(p)
+				l.serving = s.Conn
+				l.overflow(s)
 			case inboxNotice:
 				s := &b.notices[k.notices]
 				k.notices++

@@ -1182,18 +1182,37 @@ func TestInboxBudget(t *testing.T) {
 		list[i] = protocol.Push{To: session, Device: "phone", Message: &m}
 	}
 	b.s.Push(list)
-	if size, _ := b.l.inbox.size(); size > inboxBytes {
-		t.Fatalf("%d bytes wait", size)
+	size, drops := b.l.inbox.size()
+	if size > inboxBytes || drops.pushes != 5 {
+		t.Fatalf("%d bytes wait, %d pushes refused", size, drops.pushes)
 	}
-	b.s.Notify([]protocol.Session{session}) // always taken
-	b.l.drainInbox()
-	if b.l.m.drops[dropInbox] != 5 || b.l.m.notices != 1 {
-		t.Fatalf("%d refused, %d notices", b.l.m.drops[dropInbox], b.l.m.notices)
-	}
-	last := b.settled[len(b.settled)-1]
+	last := b.settled[len(b.settled)-1] // at once: the owner does not wait for the loop
 	if last.Kind != protocol.Refused || last.Position != uint64(n-1) || last.user != "alice" || last.device != "phone" {
 		t.Fatalf("%+v", last)
 	}
+	// What is behind a refused push must not overtake it, however small it is.
+	b.s.Push([]protocol.Push{{To: session, Device: "phone", Message: testMessage(n, "alice", "x")}})
+	for range 1000 {
+		b.s.Notify([]protocol.Session{session}) // always taken, and bounded all the same
+		b.s.Push(list[n-1:])
+	}
+	if f := &b.l.inbox.filling; len(f.notices) != 1 || len(f.refused) != 1 {
+		t.Fatalf("%d notices, %d refusals wait for one session", len(f.notices), len(f.refused))
+	}
+	b.s.Page(protocol.Page{To: session, Rows: []protocol.MailboxRow{{Message: list[0].Message}}})
+	if p := b.l.inbox.filling.pages[0]; p.Code != protocol.CodeOverloaded || p.Rows != nil {
+		t.Fatalf("a page over the budget: %+v", p)
+	}
+	b.l.drainInbox()
+	if b.l.m.notices != 1 || s.conn.down.Live() {
+		t.Fatalf("%d notices, live %v", b.l.m.notices, s.conn.down.Live())
+	}
+	if strings.Contains(s.read(), fmt.Sprintf("incoming %d", n)) {
+		t.Fatal("a push overtook one that was refused")
+	}
+	b.s.Push([]protocol.Push{{To: session, Device: "phone", Message: testMessage(n+1, "alice", "x")}})
+	b.l.drainInbox()
+	s.wants("") // of the old generation
 	if size, _ := b.l.inbox.size(); size != 0 || cap(b.l.inbox.draining.pushes) > inboxKeep {
 		t.Fatal("the inbox keeps what it held")
 	}
@@ -1225,8 +1244,8 @@ func TestReceiptBudget(t *testing.T) {
 	}
 	b.s.Receipts(list)
 	b.s.Receipts(list[:3])
-	if size, dropped := b.l.inbox.size(); size > inboxBytes || dropped != 10 {
-		t.Fatalf("%d bytes wait, %d dropped", size, dropped)
+	if size, drops := b.l.inbox.size(); size > inboxBytes || drops.receipts != 10 {
+		t.Fatalf("%d bytes wait, %d dropped", size, drops.receipts)
 	}
 }
 

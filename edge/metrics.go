@@ -115,6 +115,7 @@ const (
 	dropPageFailed                      // page: could not be read
 	dropReceipts                        // receipt: too many wait for this connection
 	dropReceiptInbox                    // receipt: the inbox of the loop is full
+	dropPageInbox                       // page: the inbox of the loop is full; it is asked for again
 	dropOutput                          // everything: over the hard outbound limit
 	dropBadFrame                        // error frame: one message held too many malformed frames
 	dropReasons
@@ -122,7 +123,7 @@ const (
 
 var dropReasonNames = [dropReasons]string{
 	"inbox_full", "connection_gone", "push_refused", "push_twice", "answer_connection_gone", "answer_unknown", "page_failed",
-	"receipts_waiting", "receipts_inbox_full", "outbound_full", "bad_frames",
+	"receipts_waiting", "receipts_inbox_full", "page_inbox_full", "outbound_full", "bad_frames",
 }
 
 // Results of a handshake.
@@ -198,15 +199,17 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 		m.add(&p.counters)
 		sessions += p.sessions
 		p.mu.Unlock()
-		bytes, dropped := s.loops[i].inbox.size()
+		bytes, drops := s.loops[i].inbox.size()
 		inboxBytes += bytes
-		m.drops[dropReceiptInbox] += dropped
+		m.drops[dropInbox] += drops.pushes
+		m.drops[dropPageInbox] += drops.pages
+		m.drops[dropReceiptInbox] += drops.receipts
 	}
 	gauge := func(name, help string, v int) { emit("millrace_edge_"+name, help, false, float64(v)) }
 	gauge("connections", "Open TCP connections.", int(s.connections.Load()))
 	gauge("connections_max", "Connections that are accepted at most.", s.cfg.MaxConnections)
 	gauge("sessions", "Connections to which connected was sent.", sessions)
-	gauge("inbox_bytes", "Pushes and receipts that wait for an event loop.", inboxBytes)
+	gauge("inbox_bytes", "Pushes, mailbox pages and receipts that wait for an event loop.", inboxBytes)
 
 	count := func(name, help string, v uint64, labels ...string) {
 		emit("millrace_edge_"+name+"_total", help, true, float64(v), labels...)

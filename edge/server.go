@@ -219,19 +219,31 @@ func (s *Server) Answer(batch []protocol.Answer) {
 func (s *Server) Push(batch []protocol.Push) {
 	deliver(s, batch,
 		func(p *protocol.Push) protocol.Session { return p.To },
-		func(l *loop, part []protocol.Push) (bool, bool) { return l.inbox.putPushes(part) })
+		func(l *loop, part []protocol.Push) (bool, bool) {
+			refused, wake, ok := l.inbox.putPushes(part)
+			if len(refused) > 0 {
+				s.refuse(refused)
+			}
+			return wake, ok
+		})
+}
+
+// refuse tells the owners of pushes that did not get as far as a loop.
+func (s *Server) refuse(list []protocol.Push) {
+	outcomes := make([]protocol.Outcome, len(list))
+	for i := range list {
+		m := list[i].Message
+		outcomes[i] = protocol.Outcome{Kind: protocol.Refused, Conversation: m.Conversation, Position: m.Position, ID: m.ID,
+			User: []byte(m.Receiver), Device: []byte(list[i].Device)}
+	}
+	s.cfg.Acknowledger.Settle(outcomes)
 }
 
 // Notify says that the mailboxes of these sessions were written to.
 func (s *Server) Notify(batch []protocol.Session) {
 	deliver(s, batch,
 		func(n *protocol.Session) protocol.Session { return *n },
-		func(l *loop, part []protocol.Session) (bool, bool) {
-			return l.inbox.put(func(b *inboxBatch) {
-				b.notices = append(b.notices, part...)
-				b.note(inboxNotice, len(part))
-			})
-		})
+		func(l *loop, part []protocol.Session) (bool, bool) { return l.inbox.putNotices(part) })
 }
 
 // Receipts brings receipts, live ones and those that Mailbox.ReadReceipts asked for. It drops them when the inbox of a loop is
@@ -244,43 +256,46 @@ func (s *Server) Receipts(batch []protocol.ReceiptPush) {
 
 // Page brings the answer to Mailbox.ReadPage.
 func (s *Server) Page(p protocol.Page) {
-	s.deliverOne(p.To, func(b *inboxBatch) {
-		b.pages = append(b.pages, p)
-		b.note(inboxPage, 1)
-	})
+	s.deliverOne(p.To, func(l *loop) (bool, bool) { return l.inbox.putPage(p) })
 }
 
 // Registered brings the answer to Registrar.Register.
 func (s *Server) Registered(r protocol.Registered) {
-	s.deliverOne(r.To, func(b *inboxBatch) {
-		b.registered = append(b.registered, r)
-		b.note(inboxRegistered, 1)
+	s.deliverOne(r.To, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.registered = append(b.registered, r)
+			b.note(inboxRegistered, 1)
+		})
 	})
 }
 
 // Replace closes a session whose device has connected again.
 func (s *Server) Replace(session protocol.Session) {
-	s.deliverOne(session, func(b *inboxBatch) {
-		b.replaced = append(b.replaced, session)
-		b.note(inboxReplaced, 1)
+	s.deliverOne(session, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.replaced = append(b.replaced, session)
+			b.note(inboxReplaced, 1)
+		})
 	})
 }
 
 // Fenced brings the answer to Acknowledger.Fence.
 func (s *Server) Fenced(f protocol.Fence) {
-	s.deliverOne(protocol.Session{Edge: f.Edge, Conn: handle(f.Loop, 0, 0)}, func(b *inboxBatch) {
-		b.fences = append(b.fences, f)
-		b.note(inboxFence, 1)
+	s.deliverOne(protocol.Session{Edge: f.Edge, Conn: handle(f.Loop, 0, 0)}, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.fences = append(b.fences, f)
+			b.note(inboxFence, 1)
+		})
 	})
 }
 
-func (s *Server) deliverOne(to protocol.Session, fill func(b *inboxBatch)) {
+func (s *Server) deliverOne(to protocol.Session, put func(l *loop) (wake, ok bool)) {
 	l := s.loopOf(to)
 	if l == nil {
 		s.strays.Add(1)
 		return
 	}
-	wake, ok := l.inbox.put(fill)
+	wake, ok := put(l)
 	if !ok {
 		s.strays.Add(1)
 	}
