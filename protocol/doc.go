@@ -83,9 +83,9 @@
 // none the connection speaks JSON and the response names none. If it offers only unknown ones the answer is HTTP 400.
 //
 // Authentication is by the first message, connect (§3), or by Authorization: Bearer in the upgrade; browsers
-// can only do the first. With the header the device is the query parameter device (percent-encoded, "default" if
-// absent), the server makes an epoch, and all receipts are sent; a client that has an epoch to come
-// back with must use connect. Without the header the query parameter is not used. A token never goes into the URL.
+// can only do the first. With the header the device is the query parameter device (percent-encoded, the first if there are several, "default" if
+// absent or empty), the server makes an epoch, and all receipts are sent; a client that has an epoch to come
+// back with must use connect. Without the header the query is not looked at. A token never goes into the URL.
 //
 // Origin. A request with an Origin header, which every browser sends, must come from the same host and port as its Host
 // header, or from an origin on the server's list. A request without one is allowed: nothing here is authenticated by
@@ -97,6 +97,7 @@
 //	401  the token of the Authorization header is not accepted                 get a new token, then try again
 //	403  the Origin is not allowed                                             do not repeat
 //	404  a path other than /ws           405  a method other than GET          do not repeat
+//	     (405 goes before 404, 403 before 401; GET / is answered by a page for people)
 //	426  not a WebSocket upgrade of version 13                                 do not repeat
 //	431  over 8 KiB, 64 lines, or a request line over 4 KiB                    do not repeat
 //	503  the server is going away or full                                      again after Retry-After (seconds)
@@ -120,20 +121,22 @@
 //
 // The client's first message must be connect, alone, unless the upgrade had an Authorization header. Until connected arrives it
 // must send nothing else: anything but one well-formed connect is answered with an error (not_connected, bad_request,
-// unknown_action) and close 4502. A connect after that, or after an upgrade with a token, gets already_connected
+// unknown_action) and close 4502. (An empty message, and a kind or type that a later version may skip, means nothing here
+// either.) A second connect, before or after connected, or after an upgrade with a token, gets already_connected
 // and the connection lives.
 //
 // All fields of connect but the token may be left out: device is then "default", the server makes an epoch
-// and tells it in connected, and receipts_after is 0. A client that stores nothing leaves the epoch out each time; one that
-// stores its state comes back with the epoch that it was told (or has made itself from 64 random bits).
+// and tells it in connected, and receipts_after is 0. A client that stores nothing leaves the epoch out when it starts, and
+// comes back with the one that it was told for as long as it runs; one that stores its state keeps it (or makes one
+// itself, from 64 random bits) for ever.
 //
-// If the same device is connected already the new connection wins, whatever its epoch; the older one gets the
+// If the same device is connected already the new connection (the one that the server accepted later) wins, whatever its epoch; the older one gets the
 // error session_replaced and close 4500, upon which it must not come back by itself: two clients with one device id would
 // throw each other out for ever.
 //
 // After connected every message may come at any time, in any order, in both directions; incoming messages may stand before
-// answers. A message that is not well formed gets an error frame and the connection lives. Of one WebSocket message at most 16
-// malformed parts that name no send are answered. What violates WebSocket or a size limit closes the connection (§16).
+// answers. A message that is not well formed gets an error frame and the connection lives. In one WebSocket message malformed
+// parts that name no send are answered only among the first 16 malformed ones. What violates WebSocket or a size limit closes the connection (§16).
 //
 // # 4 WebSocket
 //
@@ -157,7 +160,8 @@
 // # 5 Messages
 //
 // Every field has one name, which is its JSON key, and the same meaning in both encodings. Those marked ? may be absent; in
-// binary, absent is 0 or empty.
+// binary, absent is 0 or empty. Without one of the others a message is bad_request, to a client as to the server, but: without
+// receiver_id a send is bad_receiver, without content empty_content, and a connect or renew without token is unauthorized.
 //
 // From the client:
 //
@@ -178,7 +182,8 @@
 //	                   the send is on stable storage. position is absent where the server does not know
 //	                   it yet, and always for a resend
 //	incoming_message   message_id, position, sender_id, receiver_id, content, timestamp
-//	                   in binary without the timestamp, which is position divided by 2048
+//	                   the timestamp is position divided by 2048: binary leaves it out, and who reads JSON
+//	                   takes it from the position too
 //	message_delivered  message_id, position?, message_id_by_client?, receiver_id, timestamp
 //	                   a receipt, §11; in binary several. message_id_by_client is there only if this stream
 //	                   sent the message; timestamp is when the receipt changed
@@ -211,7 +216,7 @@
 //   - The order of keys and white space are free. Keys and names are case sensitive.
 //   - Unknown keys, and keys of other messages, are ignored with any value; values may be nested 32 deep, the object included.
 //   - A key of the message given twice is bad_request.
-//   - null is the same as leaving the key out. An empty device is the default one.
+//   - null is the same as leaving the key out. An empty device is the default one; one that is no device id is bad_request.
 //   - Numbers are JSON numbers without sign, fraction or exponent; a number in a string is bad_request. All fit 53
 //     bits, so a double carries them exactly.
 //   - An epoch is a string of exactly 16 hex digits, written in lower case and read in either. All zeros is absent.
@@ -219,8 +224,10 @@
 //   - A client ignores objects whose type it does not know, and treats an unknown error code by its retry_after_ms.
 //
 // Several objects in one message are separated by newlines (LF or CR LF; spaces and blank lines around them are
-// fine). Nothing else may follow an object on its line. Each is handled as if it had come alone. After one that is not well-formed JSON
-// reading goes on behind the next newline after the place of the error; so a client that sends several puts each on one line.
+// fine). Each is handled as if it had come alone. An object behind which something else stands on its line is bad_request and not
+// handled, nor is what follows it there. After one that is not well-formed JSON reading goes on behind the next newline after the place of
+// the error; so a client that sends several puts each on one line (inside an object a newline is white space like any other). The error names
+// message_id_by_client if action and number stood before that place. A message without any object means nothing.
 //
 // # 7 Binary encoding
 //
@@ -244,13 +251,14 @@
 // The bodies, field after field without anything between. Bytes after the last field belong to a later version and are ignored.
 //
 //	0x01 connect        token string | device string | epoch 8 B | receipts_after v
-//	     →              device empty: "default"; epoch 0: the server makes one
+//	     →              device empty: "default", else a device id; epoch 0: the server makes one;
+//	                    a token over its limit is unauthorized, not malformed
 //
 //	0x02 send           message_id_by_client v | timestamp v | receiver_id string | content text
 //	     →              timestamp 0: none
 //
 //	0x03 acknowledge    timestamp v | count v | count × (message_id id)
-//	     →              message_delivered of the client; count is 1 … 400
+//	     →              message_delivered of the client; count is 1 … 400 (§10 advises 64)
 //
 //	0x04 renew token    token string
 //	     →
@@ -292,8 +300,8 @@
 //     limit, text is not UTF-8) is bad_request; the frames after it are read as if it were not there.
 //   - A length that is malformed or runs past the end of the WebSocket message is bad_request, and what is left of
 //     that message is dropped, since nothing tells where the next frame begins. The connection lives.
-//   - An unknown kind with bit 7 is skipped without a word. Any other unknown kind, and a kind of the wrong direction, is
-//     unknown_action from a server; a client that meets one closes with 1002.
+//   - An unknown kind with bit 7 is skipped without a word. Any other unknown kind, and a kind of the wrong direction whose body is
+//     right, is unknown_action from a server; a client that meets one closes with 1002.
 //
 // # 8 Sending
 //
@@ -304,15 +312,16 @@
 //	S1  A send gets its number only on a connection, after connected, just before it is first written. What is queued
 //	    while offline has none.
 //	S2  The client stores the number, with receiver_id, content and timestamp, before it writes the send, and forgets it
-//	    only after it has ended. A client without storage keeps it in memory and starts without an epoch each time.
+//	    only after it has ended. A client without storage keeps it in memory, with the epoch, for as long as it runs.
 //	S3  New numbers of a connection start at its next_message_id_by_client and ascend; gaps are allowed. They stay
-//	    inside the block: send part ≤ 1 048 575. Who comes near the end reconnects; who reaches it gets
-//	    shutting_down, go_away and close 4430.
+//	    inside the block: send part ≤ 1 048 574. Who comes near the end reconnects; who writes 1 048 575 gets
+//	    shutting_down, go_away and close 4430, and sends it again on the next connection.
 //	S4  On a new connection everything open is sent again first, ascending, each under its old number and with the same bytes.
 //	    All of it must have ended before the first new number is given.
 //	S5  The open numbers of a connection lie within a span of 64: highest − lowest < 64. A send that would break this gets
 //	    window_exceeded.
-//	S6  A number never stands for a second message. Not after a refusal, not to another receiver, not with other text.
+//	S6  A number never stands for a second message. Not after a refusal, not to another receiver (where it would be a
+//	    new message), not with other text.
 //	S7  After mailbox_full the next new number is at least 64 above every number given before: so the server knows that
 //	    the refusal was read. Until it sees such a number it refuses every send of this connection to that receiver with
 //	    mailbox_full, also when there is room again. (A send accepted behind a refusal that is lost with the
@@ -330,8 +339,9 @@
 // Order. The server accepts the sends of a connection in the order in which they were written, and every receiver sees them in
 // that order.
 //
-// Until message_received carries a position, or a receipt does, the sender shows its own message after everything that has
-// one.
+// The sender's own messages of a conversation stand in the order of their numbers, which is the order of their positions. One whose
+// position is not known (from message_received, a receipt or history) stands right before the sender's next one that has a position, and after
+// everything that has one if there is none.
 //
 // # 9 Refusals
 //
@@ -341,12 +351,13 @@
 //   - Without retry_after_ms the refusal is final: the number has ended, and the same bytes would be refused again. The exception is
 //     window_exceeded: the number stays open (or was never taken); write it again when a lower number has ended.
 //   - With retry_after_ms (rate_limited, overloaded, store_full, shutting_down, outcome_unknown, internal) the number stays open and the stream stops:
-//     the server refuses every higher number of this connection with the same code, until resend_from is sent
-//     again. The client must wait retry_after_ms, then write again, ascending, every open number from resend_from on. (A send
-//     that is already on its way to storage when a lower one is refused fails with it; it too gets an error of its own.)
+//     the server refuses every higher number of this connection with the same code, until each refused number has been sent
+//     again, lowest first: resend_from moves on with them. The client must wait retry_after_ms, then write again, ascending, every open number from
+//     resend_from on. (A send that is already on its way to storage when a lower one is refused fails with it; it too gets an error of its own.)
+//     A client that gives a refused number up (S8) must leave the connection, which would wait for it.
 //
 // resend_from is the number to send again first, and is at most message_id_by_client. Several refusals in a row name the same
-// resend_from: one wait, the longest, is enough. A refused send was not accepted in part or in silence, except after outcome_unknown,
+// resend_from: one wait, the longest, is enough (over the rate the waits grow, each with a place for the numbers before it). A refused send was not accepted in part or in silence, except after outcome_unknown,
 // where it may be durable already: sending it again settles it.
 //
 // On one connection a send need not be written again while its answer is on the way; if it is, it is answered once.
@@ -362,12 +373,12 @@
 //	    Never acknowledge what is not stored: the server forgets it for this device.
 //	R4  Messages of a conversation are shown in the order of position, whatever the order in which they arrive.
 //
-// A message is pushed on a connection at most once. If it is not acknowledged within 10 s it waits in the device's mailbox and comes
-// again on the next connection; a late acknowledgement counts as well. Acknowledging an id that was not pushed on this
+// A message is pushed on a connection at most once. If it is not acknowledged within 10 s, or before the connection ends, it waits in the device's
+// mailbox and comes again on the next connection; a late acknowledgement counts as well. Acknowledging an id that was not pushed on this
 // connection does nothing. The other devices of a sender do not get what it sends, only its receipts (§11).
 //
-// At most 256 pushes are unacknowledged on a connection; further messages wait in the mailbox, which is no
-// error, until acknowledgements bring the number under 128. A client at 256 that acknowledges nothing for 60 s, or does not read for 60 s what
+// At most 256 pushes are unacknowledged on a connection, those older than 10 s included; further messages wait in the mailbox, which is no
+// error. They go on when acknowledgements bring the number under 128, and after a second or so if there is any room. A client at 256 that acknowledges nothing for 60 s, or does not read for 60 s what
 // was written to it, is closed with 4413. What waited while the device was offline comes first, then live messages, but the boundary is not marked.
 //
 // Acknowledgements may wait for the next outgoing frame or 100 ms, at most 64 at a time, and travel together: as one binary frame,
@@ -378,17 +389,19 @@
 // The server's message_delivered tells a sender how far its messages have come: the named message, and every earlier one of
 // this user in the same conversation (with receiver_id), has reached a device of the receiver. Earlier means: with a smaller position,
 // or, for messages of the own stream whose position is not known, with a smaller number than the receipt's message_id_by_client.
-// So one receipt may stand for many, and none comes for each message.
+// So one receipt may stand for many, none comes for each message, and none passes a message that no device has acknowledged.
 //
 // Receipts go to every connected device of the sender and are not acknowledged. They are a state, not events: applying one
-// twice, or an older one after a newer, must change nothing (keep the largest position per receiver_id). The client stores the largest
+// twice, or an older one after a newer, must change nothing: keep the largest position for each receiver_id, and the largest number where a
+// receipt has no position. The client stores the largest
 // timestamp of all the receipts it has applied, and passes it as receipts_after when it connects: the server then
 // sends again all that have changed since, and some that changed up to 60 s earlier. 0 asks for all.
 //
 // # 12 Tokens
 //
 // A token is a JSON Web Token with sub (the user id) and exp, signed for this server, at most 7 KiB; nbf is respected, and clocks
-// may differ by 60 s. The package token has the details.
+// may differ by 60 s. The package token has the details. A token ends at its exp; one that is accepted after it, within these 60 s,
+// ends when they are over.
 //
 // About 60 s before the token ends (exp) the server sends renew. The client answers with renew and a new token of the same user and gets renewed.
 // A token that is not accepted gets unauthorized or token_expired and ends nothing: the connection lives as
@@ -404,7 +417,8 @@
 //
 // go_away announces that the server is about to close with 1012 (or 4430): the client stops giving new numbers, waits
 // for the answers on their way until the close, and connects again after retry_after_ms, which is different for every
-// client so that they do not all come at once. The server closes as soon as everything handed over has been answered.
+// client so that they do not all come at once. The server closes as soon as everything that it has read has been answered; what it
+// has not read by then is sent again on the next connection like anything open.
 //
 // Connecting again, after any end of a connection for which §16 says so, and after a connection that could not be made:
 //
@@ -448,22 +462,22 @@
 //	 2  unknown_action     a kind, action or type that this server does not know
 //	 3  not_connected      something else before connected; close 4502
 //	 4  already_connected  a second connect; nothing happens
-//	 5  unauthorized       token missing, malformed, of another user (renew), or signed by an unknown key.
-//	                       On connect: close 4501
+//	 5  unauthorized       token missing, malformed, not valid yet, of another user (renew), or signed by
+//	                       an unknown key. On connect: close 4501
 //	 6  token_expired      token past its exp: get a new one. On connect: close 4401
 //	 7  bad_receiver       receiver_id is not a user id                                         ends
 //	 8  empty_content      content has no character                                             ends
 //	 9  content_too_long   over 1000 code points or 4000 bytes                                  ends
 //	10  window_exceeded    64 or more away from an open number; write it again when a
 //	                       lower one has ended                                                  stays open
-//	11  mailbox_full       the receiver's mailbox holds 100 000 messages; never given to a      ends
-//	                       resend. A new attempt is a new send under a new number: see S7
+//	11  mailbox_full       the receiver's mailbox holds about 100 000 messages; never given to  ends
+//	                       a resend. A new attempt is a new send under a new number: see S7
 //	12  too_many_devices   the user has 8 other devices; close 4503
 //	13  session_replaced   the same device connected elsewhere; close 4500
 //	14  slow               did not read or acknowledge for 60 s; close 4413
 //	15  timeout            authentication, a message or a heartbeat took too long; close 4408
-//	16  flooding           went on sending against rate_limited at over ten times the rate
-//	                       for 10 s; close 4429
+//	16  flooding           over 100 seconds' worth of sends were refused with rate_limited within
+//	                       10 s; close 4429
 //	17  frame_too_large    over a size limit; close 1009
 //
 // With retry_after_ms; about a send, its number stays open:
