@@ -246,6 +246,7 @@ func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
 			return err
 		}
 		if !found || !known {
+			d.count.gone.Add(1) // the message is lost: nothing else holds it
 			return fmt.Errorf("position %d: %w", p.Position, ErrNoRecord)
 		}
 	}

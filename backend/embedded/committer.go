@@ -341,6 +341,8 @@ func (d *DB) sync(b *batch) {
 		b.kv = d.newWrite() // the other is still being synced
 	} else if err := b.kv.SyncWait(); err != nil {
 		pebbleLogger{d.log, d.cfg.exit}.Fatalf("sync of the log failed: %v", err)
+	} else if n := len(b.appends); n > 0 {
+		d.durable = b.appends[n-1].Position
 	}
 	d.count.lastSync.Store(0)
 	d.count.syncNanos.Add(uint64(time.Since(b.writtenAt)))
@@ -350,7 +352,10 @@ func (d *DB) sync(b *batch) {
 
 // report tells everyone whose work b carried that it is durable: senders, shards, committers, registrars.
 func (d *DB) report(b *batch) {
-	if len(b.appends) > 0 {
+	if n := len(b.appends); n > 0 {
+		if b.appends[n-1].Position > d.durable {
+			d.count.early.Add(1)
+		}
 		d.at("after_sync_before_answer")
 		for i, records := range b.perShard {
 			if len(records) > 0 {

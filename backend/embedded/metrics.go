@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strconv"
 	"time"
+
+	"millrace/backend"
 )
 
 // errStoreFull is what Healthy says while sends are refused for want of disk space.
@@ -55,7 +57,9 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	emit(p+"waiting_sends", "Records waiting for fsync.", false, float64(sends))
 	emit(p+"waiting_bytes", "Memory of the records waiting for fsync.", false, float64(bytes))
 	emit(p+"waiting_commits", "Commits waiting for a batch.", false, float64(commits))
+	gone := c.gone.Load()
 	for i, s := range d.shards {
+		gone += s.gone.Load()
 		emit(p+"unread_records", "Durable records that delivery has not taken yet.", false, float64(s.unreadNow.Load()), "shard", strconv.Itoa(i))
 	}
 	for kind, name := range expireNames {
@@ -64,6 +68,9 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	emit(p+"swept_rows_total", "Rows that the search for expired ones looked at.", true, float64(c.sweptRows.Load()))
 	emit(p+"sweep_passes_total", "Passes of that search over the whole database.", true, float64(c.passes.Load()))
 	emit(p+"sweep_pass_age_seconds", "Time since the last of these passes began, or since the start; one is due every day.", false, time.Duration(c.sincePass.Load()).Seconds())
+	const broken, brokenHelp = p + "invariant_violations_total", "Must be 0: what has broken a promise."
+	emit(broken, brokenHelp, true, float64(c.early.Load()), "promise", backend.PromiseDurable.String())
+	emit(broken, brokenHelp, true, float64(gone), "promise", backend.PromiseDelivered.String())
 	emit(p+"mailbox_rows", "Rows in all mailboxes.", false, float64(c.mailboxRows.Load()))
 
 	emit(p+"store_full", "1 while sends are refused for want of disk space.", false, oneIf(d.space.full.Load()))

@@ -58,6 +58,9 @@ type DB struct {
 	// Owned by the committer, see committer.go.
 	builder builder
 
+	// Owned by the syncer: the position of the last record that was synced.
+	durable uint64
+
 	// Owned by the sweeper's goroutine, see expiry.go.
 	sweeper sweeper
 
@@ -370,6 +373,8 @@ type counters struct {
 	syncNanos atomic.Uint64
 	trims     atomic.Uint64
 	diskReads atomic.Uint64 // records that Read took from the log
+	gone      atomic.Uint64 // unfinished records that were not in the log
+	early     atomic.Uint64 // batches of answers before their sync
 
 	refusedWaiting atomic.Uint64
 	refusedLag     atomic.Uint64

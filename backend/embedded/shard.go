@@ -40,6 +40,8 @@ type shard struct {
 	unreadNow atomic.Int64
 	oldestMs  atomic.Int64 // when the oldest unread record was accepted; noneUnread for none
 
+	gone atomic.Uint64 // records that Read did not find
+
 	// lowWater is the largest LowWater whose commit is durable.
 	lowWater atomic.Uint64
 }
@@ -91,9 +93,22 @@ func (s *shard) pending() (from, until uint64) {
 		s.diskUntil, s.overflow = s.durable, false
 	}
 	if s.cursor >= s.diskUntil {
+		if s.head == len(s.ring) && s.unread != 0 {
+			s.miscounted()
+		}
 		return s.cursor, s.cursor
 	}
 	return s.cursor, s.diskUntil
+}
+
+// miscounted corrects the count of unread records when everything was read. What was published, or counted in the log at the
+// start, and did not turn up is lost.
+func (s *shard) miscounted() {
+	if s.unread > 0 {
+		s.gone.Add(uint64(s.unread))
+	}
+	s.unread = 0
+	s.tell()
 }
 
 // take moves records from the ring to dst until its length is max.
