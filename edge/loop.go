@@ -337,6 +337,9 @@ func (l *loop) event(c *conn, ev *wsEvent) {
 		l.finish(c, ev.code, "", closeByClient)
 		l.doom(c)
 	case wsViolation:
+		if ev.code == protocol.CloseTooBig && c.state == stateOpen {
+			l.refuse(c, 0, protocol.Refusal{Code: protocol.CodeFrameTooLarge}, 0)
+		}
 		l.finish(c, ev.code, ev.text, violationReason(ev.code))
 		c.flags |= flagDeaf
 	}

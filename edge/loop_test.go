@@ -1472,3 +1472,17 @@ func TestRenewWithATokenThatEndsNoLater(t *testing.T) {
 		t.Fatalf("asked %d times", asked)
 	}
 }
+
+// TestTooLargeIsSaid: a message over a limit is refused by its code before the close.
+func TestTooLargeIsSaid(t *testing.T) {
+	both(t, func(t *testing.T, sub string) {
+		b := newBench(t, nil)
+		s := b.open(sub, "alice", "phone")
+		op := byte(ws.OpBinary)
+		if s.conn.text() {
+			op = byte(ws.OpText)
+		}
+		s.receive(clientFrame(op, true, make([]byte, s.conn.limit()+1)))
+		s.wants("error frame_too_large; close 1009")
+	})
+}
