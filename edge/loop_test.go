@@ -1478,9 +1478,9 @@ func TestTooLargeIsSaid(t *testing.T) {
 	both(t, func(t *testing.T, sub string) {
 		b := newBench(t, nil)
 		s := b.open(sub, "alice", "phone")
-		op := byte(ws.OpBinary)
+		op := ws.OpBinary
 		if s.conn.text() {
-			op = byte(ws.OpText)
+			op = ws.OpText
 		}
 		s.receive(clientFrame(op, true, make([]byte, s.conn.limit()+1)))
 		s.wants("error frame_too_large; close 1009")
