@@ -536,8 +536,10 @@ func connectionError(err error) string {
 		return "no server answers there"
 	case errors.As(err, &dns):
 		return "the server's name is not known"
+	case errors.As(err, &closed) && closed.Code == protocol.CloseTokenExpired:
+		return "the token has expired"
 	case errors.As(err, &closed) && closed.Text != "":
-		return printable(closed.Text)
+		return printable(strings.ReplaceAll(closed.Text, "_", " "))
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
 		return "the connection was cut"
 	}

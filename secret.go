@@ -13,7 +13,7 @@ import (
 // realSecretAdvice says how to leave the development secret behind.
 const realSecretAdvice = `Make a secret of your own, keep it readable for this user only, and say where it is:
   (umask 077; head -c 32 /dev/urandom | base64 > millrace.secret)
-  millrace serve --auth-secret-file millrace.secret --edge-addr …`
+  millrace serve --auth-secret-file millrace.secret --edge-addr :8080`
 
 // secretPath is the file of the secret that signs tokens.
 func secretPath(c Config) string {
