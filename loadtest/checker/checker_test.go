@@ -216,6 +216,11 @@ func TestFaults(t *testing.T) {
 		}, map[Kind]uint64{Contradicted: 1}, "shown after it was refused for good"},
 		{"refuses for good what it has answered", Config{}, func(r *run) { r.deliver(3); r.Refused(r.stream, 3, "mailbox_full", true) },
 			map[Kind]uint64{Contradicted: 1}, "refused for good (mailbox_full) after it was accepted"},
+		{"refuses for good what it has answered, twice", Config{}, func(r *run) {
+			r.deliver(3)
+			r.Refused(r.stream, 3, "mailbox_full", true)
+			r.Refused(r.stream, 3, "mailbox_full", true)
+		}, map[Kind]uint64{Contradicted: 1}, "after it was accepted"},
 		{"sends a receipt before the message", Config{}, func(r *run) {
 			r.send(3)
 			r.answer(3)
@@ -352,6 +357,16 @@ func TestHonest(t *testing.T) {
 			r.receipt(2)
 			r.receipt(5)
 		}},
+		{"an older receipt comes last", Config{Receipts: true}, func(r *run) {
+			for seq := range uint64(5) {
+				r.send(seq + 1)
+				r.answer(seq + 1)
+				r.show(r.phone, seq+1)
+				r.show(r.laptop, seq+1)
+			}
+			r.receipt(5)
+			r.receipt(2)
+		}},
 		{"a receipt at the first device", Config{Acknowledgements: true}, func(r *run) {
 			r.send(1)
 			r.answer(1)
@@ -412,6 +427,23 @@ func TestFirstDevice(t *testing.T) {
 		t.Fatalf("outstanding %d, want 0", got)
 	}
 	wantOnly(t, r.Checker, nil)
+}
+
+// TestHashesCollide: conversations whose hashes have equal bits are judged in one run, and yet each by itself.
+func TestHashesCollide(t *testing.T) {
+	r := newRun(Config{})
+	for n, to := range []string{"bob", "carol", "bob", "carol"} {
+		seq := uint64(n) + 1
+		r.Sent(r.stream, seq, to)
+		r.Answered(r.stream, seq, idOf(seq), []uint64{20, 10, 30, 20}[n])
+	}
+	found := r.found.clone()
+	run := []uint64{0, 1, 2, 3} // of equal bits; the lower ones number the messages
+	r.judgePositions(&found, slices.Clone(run))
+	r.judgeStreams(&found, slices.Clone(run))
+	if found.counts != [kinds]uint64{} {
+		t.Errorf("two conversations are taken for one: %v", found.all())
+	}
 }
 
 func TestNinthDevicePanics(t *testing.T) {
