@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -16,9 +17,15 @@ const maxSecretFileBytes = 64 << 10
 // newSecretBytes is the entropy of a secret that we make, as in openssl rand -base64 48.
 const newSecretBytes = 48
 
-// checkSecret trims the white space around a secret and refuses one that is too short.
+// MinSecretBytes is the shortest HMAC secret: as long as the hash, RFC 7518 §3.2.
+const MinSecretBytes = 32
+
+// checkSecret trims the white space around a secret and refuses one that is too short, or that others may know.
 func checkSecret(secret []byte) ([]byte, error) {
 	secret = bytes.TrimSpace(secret)
+	if bytes.HasPrefix(secret, []byte("-----BEGIN ")) {
+		return nil, errors.New("the secret is a PEM file: a key for EdDSA, ES256 or RS256 is not a secret for HS256")
+	}
 	if len(secret) < MinSecretBytes {
 		return nil, fmt.Errorf("the secret has %d bytes and needs at least %d; make one with: openssl rand -base64 %d",
 			len(secret), MinSecretBytes, newSecretBytes)

@@ -1,21 +1,14 @@
 package token
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"math"
 	"time"
-
-	"github.com/golang-jwt/jwt/v5"
 )
 
 const (
-	// MaxBytes is the longest token that is looked at. It bounds the header too, and what decoding either
-	// part can allocate.
+	// MaxBytes is the longest token that is looked at. It bounds the header too, and what decoding can cost.
 	MaxBytes = 7 << 10
-	// MinSecretBytes is the shortest HMAC secret: as long as the hash, RFC 7518 §3.2.
-	MinSecretBytes = 32
 	// Skew is how far the clocks of who signs and who verifies may differ, for exp and nbf.
 	Skew = 60 * time.Second
 
@@ -30,6 +23,11 @@ var (
 	ErrExpired = errors.New("token is expired")
 	// ErrInvalid is every other token that is not accepted (unauthorized). What is wrapped around it says why.
 	ErrInvalid = errors.New("token is invalid")
+	// ErrUnavailable is a token that no key accepts while the keys of a configured address have never been
+	// loaded: nobody can say yet whether it is good. The client keeps it and tries again.
+	ErrUnavailable = errors.New("keys are not loaded yet")
+	// ErrSlow is VerifyFast's answer for a token that takes public-key arithmetic: Verify will tell, elsewhere.
+	ErrSlow = errors.New("token takes longer to verify")
 )
 
 // Claims is what a verified token says.
@@ -39,115 +37,64 @@ type Claims struct {
 	ExpiresAt time.Time
 }
 
-// key is a verification key and the one algorithm that it is for.
-type key struct {
-	algorithm string
-	material  any // what the algorithm of the JWT library wants
+// verdict is the outcome of a verification. Outcomes are values and their errors exist once, so that a flood of bad
+// tokens makes no garbage.
+type verdict uint8
+
+const (
+	accepted verdict = iota
+	expired
+	unavailable
+	slow
+	tooLong
+	malformed
+	repeated
+	critical
+	otherAlgorithm
+	unknownKey
+	tooManyKeys
+	wrongSignature
+	badSubject
+	badExpiry
+	badNotBefore
+	tooEarly
+	wrongIssuer
+	wrongAudience
+	verdicts // how many
+)
+
+// verdictTexts holds the label of a verdict in metrics, and why a token is invalid, where it is.
+var verdictTexts = [verdicts]struct{ label, why string }{
+	accepted:       {label: "accepted"},
+	expired:        {label: "expired"},
+	unavailable:    {label: "unavailable"},
+	slow:           {label: "slow"},
+	tooLong:        {"too_long", fmt.Sprintf("longer than %d KiB", MaxBytes>>10)},
+	malformed:      {"malformed", "malformed"},
+	repeated:       {"repeated", "a header parameter or a claim is given twice"},
+	critical:       {"critical", "the header has crit"},
+	otherAlgorithm: {"algorithm", "no key for its algorithm"},
+	unknownKey:     {"unknown_key", "no key with its kid"},
+	tooManyKeys:    {"too_many_keys", fmt.Sprintf("more than %d keys would have to be tried; give them ids, and the token a kid", MaxCandidates)},
+	wrongSignature: {"signature", "signature or algorithm does not match the key"},
+	badSubject:     {"subject", "sub is missing or not a user id"},
+	badExpiry:      {"expiry", "exp is missing or not a time"},
+	badNotBefore:   {"not_before", "nbf is not a time"},
+	tooEarly:       {"too_early", "not valid yet (nbf)"},
+	wrongIssuer:    {"issuer", "iss is not the issuer of its key"},
+	wrongAudience:  {"audience", "aud does not name us"},
 }
 
-// Verifier verifies tokens. It is immutable: any number of goroutines may use it.
-type Verifier struct {
-	keys   []key
-	parser *jwt.Parser
-}
-
-// NewHS256 is a verifier for tokens signed with secret, which is copied. White space around the secret is ignored; less than MinSecretBytes is an
-// error that says how to make one.
-func NewHS256(secret []byte) (*Verifier, error) {
-	secret, err := checkSecret(secret)
-	if err != nil {
-		return nil, err
+var verdictErrors = func() (errs [verdicts]error) {
+	errs[expired], errs[unavailable], errs[slow] = ErrExpired, ErrUnavailable, ErrSlow
+	for v := tooLong; v < verdicts; v++ {
+		errs[v] = fmt.Errorf("%w: %s", ErrInvalid, verdictTexts[v].why)
 	}
-	return newVerifier(key{jwt.SigningMethodHS256.Alg(), bytes.Clone(secret)}), nil
-}
-
-func newVerifier(keys ...key) *Verifier {
-	var algorithms []string
-	for _, k := range keys {
-		algorithms = append(algorithms, k.algorithm)
-	}
-	return &Verifier{
-		keys: keys,
-		parser: jwt.NewParser(
-			jwt.WithValidMethods(algorithms),
-			jwt.WithStrictDecoding(),      // one signature has one text
-			jwt.WithoutClaimsValidation(), // check does it, with the caller's clock
-		),
-	}
-}
-
-// Verify checks a token's signature and claims at the time now. The error is ErrExpired or wraps ErrInvalid and
-// never contains anything of the token. Token is not kept. It does not block; with HS256 it takes a few
-// microseconds.
-func (v *Verifier) Verify(token []byte, now time.Time) (Claims, error) {
-	if len(token) > MaxBytes {
-		return Claims{}, invalid("longer than 7 KiB")
-	}
-	if bytes.ContainsAny(token, "\r\n") {
-		return Claims{}, invalid("malformed") // encoding/base64 would pass over them
-	}
-	claims := jwt.MapClaims{}
-	t, err := v.parser.ParseWithClaims(string(token), claims, v.keysFor)
-	if err != nil {
-		return Claims{}, invalid(reason(err))
-	}
-	if _, ok := t.Header["crit"]; ok {
-		return Claims{}, invalid("the header has crit")
-	}
-	return check(claims, now)
-}
-
-// keysFor gives the JWT library the keys of the algorithm that the token names.
-func (v *Verifier) keysFor(t *jwt.Token) (any, error) {
-	var set jwt.VerificationKeySet
-	for _, k := range v.keys {
-		if k.algorithm == t.Method.Alg() {
-			set.Keys = append(set.Keys, k.material)
-		}
-	}
-	return set, nil
-}
-
-// check reads the claims of a token whose signature is good. Expiry comes last: ErrExpired means that
-// nothing else is wrong.
-func check(claims jwt.MapClaims, now time.Time) (Claims, error) {
-	user, ok := claims["sub"].(string)
-	if !ok {
-		return Claims{}, invalid("sub is missing or not a string")
-	}
-	if !validUser(user) {
-		return Claims{}, invalid("sub is not a user id")
-	}
-	exp, ok := unixTime(claims["exp"])
-	if !ok {
-		return Claims{}, invalid("exp is missing or not a time")
-	}
-	if given, ok := claims["nbf"]; ok {
-		nbf, ok := unixTime(given)
-		if !ok {
-			return Claims{}, invalid("nbf is not a time")
-		}
-		if now.Before(nbf.Add(-Skew)) {
-			return Claims{}, invalid("not valid yet (nbf)")
-		}
-	}
-	if !now.Before(exp.Add(Skew)) {
-		return Claims{}, ErrExpired
-	}
-	return Claims{User: user, ExpiresAt: exp}, nil
-}
-
-// unixTime reads a NumericDate: seconds since 1970, perhaps with a fraction, which is dropped.
-func unixTime(claim any) (t time.Time, ok bool) {
-	seconds, ok := claim.(float64)
-	if !ok || !(seconds >= 0 && seconds <= maxUnixSeconds) {
-		return time.Time{}, false
-	}
-	return time.Unix(int64(math.Floor(seconds)), 0), true
-}
+	return errs
+}()
 
 // validUser is the user id of the protocol: 1–64 bytes of [A-Za-z0-9._@-].
-func validUser(user string) bool {
+func validUser[T []byte | string](user T) bool {
 	if len(user) == 0 || len(user) > maxUserBytes {
 		return false
 	}
@@ -159,42 +106,4 @@ func validUser(user string) bool {
 		}
 	}
 	return true
-}
-
-func invalid(reason string) error { return fmt.Errorf("%w: %s", ErrInvalid, reason) }
-
-// reason puts an error of the JWT library into words of our own: its texts quote pieces of the token.
-func reason(err error) string {
-	switch {
-	case errors.Is(err, jwt.ErrTokenMalformed):
-		return "malformed"
-	case errors.Is(err, jwt.ErrTokenUnverifiable):
-		return "no key for its algorithm"
-	default:
-		return "signature or algorithm does not match the key"
-	}
-}
-
-// SignHS256 makes a token for user, valid from issued for ttl, with the times in whole seconds. Secret is treated as by NewHS256.
-func SignHS256(secret []byte, user string, issued time.Time, ttl time.Duration) (string, error) {
-	secret, err := checkSecret(secret)
-	if err != nil {
-		return "", err
-	}
-	if !validUser(user) {
-		return "", fmt.Errorf("sign token: %q is not a user id: 1 to %d of A-Z a-z 0-9 . _ @ -", user, maxUserBytes)
-	}
-	expires := issued.Add(ttl)
-	if ttl < time.Second || issued.Unix() < 0 || expires.Unix() > maxUnixSeconds {
-		return "", fmt.Errorf("sign token: a lifetime of %v from %v is not possible", ttl, issued)
-	}
-	signed, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{
-		"sub": user,
-		"iat": issued.Unix(),
-		"exp": expires.Unix(),
-	}).SignedString(secret)
-	if err != nil {
-		return "", fmt.Errorf("sign token: %w", err)
-	}
-	return signed, nil
 }

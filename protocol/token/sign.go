@@ -1,0 +1,32 @@
+package token
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// SignHS256 makes a token for user, valid from issued for ttl, with the times in whole seconds. Secret is treated as by NewHS256.
+func SignHS256(secret []byte, user string, issued time.Time, ttl time.Duration) (string, error) {
+	secret, err := checkSecret(secret)
+	if err != nil {
+		return "", err
+	}
+	if !validUser(user) {
+		return "", fmt.Errorf("sign token: %q is not a user id: 1 to %d of A-Z a-z 0-9 . _ @ -", user, maxUserBytes)
+	}
+	expires := issued.Add(ttl)
+	if ttl < time.Second || issued.Unix() < 0 || expires.Unix() > maxUnixSeconds {
+		return "", fmt.Errorf("sign token: a lifetime of %v from %v is not possible", ttl, issued)
+	}
+	signed, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{
+		"sub": user,
+		"iat": issued.Unix(),
+		"exp": expires.Unix(),
+	}).SignedString(secret)
+	if err != nil {
+		return "", fmt.Errorf("sign token: %w", err)
+	}
+	return signed, nil
+}
