@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-
 	"os"
 	"os/signal"
-
 	"strings"
 	"syscall"
 	"time"
