@@ -13,6 +13,7 @@ type conversation struct {
 	writing  []writing
 	commits  int  // commits with something of it that are not durable
 	touched  bool // it has something in the commit being gathered
+	behind   bool // a receipt waits for the end of the replay
 	windows  []*window
 	receipts []*receipt
 
@@ -68,7 +69,7 @@ func (o *Owner) conversation(key string) *conversation {
 // rest puts a conversation that nothing needs any more into the idle list, from which the oldest are forgotten.
 // Its rows are in the store then, and are read again when needed.
 func (o *Owner) rest(conv *conversation) {
-	if len(conv.queue) > 0 || conv.commits > 0 || conv.touched || conv.isIdle {
+	if len(conv.queue) > 0 || conv.commits > 0 || conv.touched || conv.behind || conv.isIdle {
 		return
 	}
 	o.idle.add(conv)

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -28,6 +29,8 @@ type OwnerConfig struct {
 	// MaxInFlight is how many records are held until finished. At the limit the oldest unacknowledged go to
 	// their mailboxes at once. Default 262 144 (DESIGN.md §8).
 	MaxInFlight int
+	// Replay says that the log may hold what an earlier owner took: until CaughtUp is called.
+	Replay bool
 	// MaxIdleConversations bounds the cache of conversations with nothing in flight. Default 16 384.
 	MaxIdleConversations int
 }
@@ -99,7 +102,9 @@ type Owner struct {
 	flying   map[uint64]*entry
 	expire   uint64 // number of the next entry whose deadline is checked
 	taken    uint64 // the last position taken
-	clockMs  int64  // the last receipt time given out
+	replay   bool   // see CaughtUp
+	behind   []*conversation
+	clockMs  int64 // the last receipt time given out
 	convs    map[string]*conversation
 	idle     idleList
 	next     *Commit    // being gathered
@@ -135,6 +140,7 @@ type entry struct {
 	receiver   string
 	deadlineMs int64
 	deliveries []delivery
+	replayed   bool // an earlier owner may have put it into mailboxes
 	acked      bool // by some device
 	finished   bool // in a commit that was given out or is being gathered
 }
@@ -165,7 +171,25 @@ func NewOwner(cfg OwnerConfig) (*Owner, error) {
 		convs:  make(map[string]*conversation),
 		next:   &Commit{Shard: cfg.Shard},
 		number: 1,
+		replay: cfg.Replay,
 	}, nil
+}
+
+// CaughtUp says that everything that was in the log when the owner began has been taken. Until then the store knows more
+// than the owner: a mailbox row or a receipt may be of a message that is still to be taken.
+func (o *Owner) CaughtUp() {
+	if !o.replay {
+		return
+	}
+	o.replay = false
+	for _, conv := range o.behind {
+		conv.behind = false
+		for _, rc := range conv.receipts {
+			rc.dirty = rc.dirty || rc.loaded
+		}
+		o.touch(conv)
+	}
+	o.behind = nil
 }
 
 // Room is how many more records Take should be given.
@@ -173,6 +197,9 @@ func (o *Owner) Room() int { return o.cfg.MaxInFlight - len(o.flying) }
 
 // InFlight is how many records are not finished and committed.
 func (o *Owner) InFlight() int { return len(o.flying) }
+
+// Taken is the position of the last record taken.
+func (o *Owner) Taken() uint64 { return o.taken }
 
 // Stats is what the owner counted so far.
 func (o *Owner) Stats() *OwnerStats { return &o.stats }
@@ -246,7 +273,7 @@ func (o *Owner) enter(nowMs int64, r *Record, conv *conversation, w *window) *en
 	e := &entry{
 		number: o.base + uint64(len(o.order)), position: r.Position, id: r.ID, seq: r.Seq,
 		conv: conv, window: w, receiver: r.Receiver, deadlineMs: nowMs + o.cfg.AcknowledgeMillis,
-		deliveries: make([]delivery, 0, 1),
+		deliveries: make([]delivery, 0, 1), replayed: o.replay,
 	}
 	o.order = append(o.order, e)
 	o.flying[e.position] = e
@@ -289,12 +316,17 @@ func (o *Owner) writeMailbox(e *entry, i int, r *Record, reason MailboxReason) {
 	o.stats.Mailboxed[reason]++
 }
 
-// Settle takes what became of pushes. Those for which a read failed are moved to the front; give these failed ones to the
-// next call again. The others are cleared.
+// errNotTaken: the outcome is of a message that was drained and that the replay has not come to.
+var errNotTaken = errors.New("not taken yet")
+
+// Settle takes what became of pushes. Those for which a read failed, or which the replay has not come to, are moved to the
+// front; give these failed ones to the next call again. The others are cleared.
 func (o *Owner) Settle(outcomes []Settlement) (failed int) {
 	for i := range outcomes {
 		if err := o.settle(&outcomes[i]); err != nil {
-			o.stats.ReadErrors++
+			if err != errNotTaken {
+				o.stats.ReadErrors++
+			}
 			outcomes[failed] = outcomes[i]
 			failed++
 		}
@@ -317,6 +349,8 @@ func (o *Owner) settle(out *Settlement) error {
 	switch {
 	case e != nil && e.id == out.ID:
 		return o.settleFlying(e, out)
+	case out.Kind == protocol.Acknowledged && o.replay && out.Position > o.taken:
+		return errNotTaken
 	case out.Kind == protocol.Acknowledged:
 		return o.settleStored(out)
 	}
@@ -363,7 +397,7 @@ func (o *Owner) acknowledge(e *entry, d *delivery) error {
 			return err
 		}
 	}
-	if d.state != pushed {
+	if d.state != pushed || e.replayed {
 		o.next.Acknowledged = append(o.next.Acknowledged,
 			MailboxKey{User: e.receiver, Device: d.device, Position: e.position, ID: e.id})
 	}
@@ -504,7 +538,7 @@ func (o *Owner) Flush(nowMs int64) *Commit {
 				continue
 			}
 			rc.dirty = false
-			if rc.advance(conv.firstUnacknowledged(rc), o.clockMs) {
+			if rc.advance(o.firstUnacknowledged(conv, rc), o.clockMs) {
 				done.receipts = append(done.receipts, rc.row)
 			}
 			c.Receipts = append(c.Receipts, rc.row)
@@ -518,6 +552,19 @@ func (o *Owner) Flush(nowMs int64) *Commit {
 	o.number++
 	o.stats.Commits++
 	return c
+}
+
+// firstUnacknowledged is the first position that a receipt must not come to because of what is in flight, 0: none. In a
+// replay it is the first that was not taken, since what an earlier owner had in flight there nobody may have acknowledged.
+func (o *Owner) firstUnacknowledged(conv *conversation, rc *receipt) uint64 {
+	if p := conv.firstUnacknowledged(rc); p != 0 || !o.replay {
+		return p
+	}
+	if !conv.behind {
+		conv.behind = true
+		o.behind = append(o.behind, conv)
+	}
+	return o.taken + 1
 }
 
 // finish moves a conversation past every message at its head whose devices are all in a final state.

@@ -63,6 +63,7 @@ type Server struct {
 	full     fullMailboxes
 	shards   []*shard
 	pages    pageQueue
+	dated    atomic.Int64  // ms since 1970: the latest date given out
 	unsound  atomic.Uint64 // refusals, see Server.refused
 	stop     chan struct{}
 	done     sync.WaitGroup
@@ -85,6 +86,7 @@ type shard struct {
 	// Owned by run.
 	settling  []Settlement // swapped with outcomes
 	records   []*Record    // read and not taken
+	ended     bool         // the log was read to its end at least once
 	asked     []*fence     // behind settling
 	held      []heldFence  // by commit
 	durable   uint64       // commits
@@ -96,7 +98,7 @@ type shard struct {
 	rounds   uint64 // steps done
 	idle     bool   // the last step left nothing to take, to settle or to commit
 
-	caughtUp atomic.Bool // the log was read to its end at least once
+	caughtUp atomic.Bool // that was taken
 }
 
 // fence is one that waits for some shards.
@@ -123,7 +125,7 @@ func NewServer(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, identity: identity, started: cfg.Now(), stop: make(chan struct{})}
 	s.pages.init()
 	for n := range cfg.Queue.Shards() {
-		owner, err := NewOwner(OwnerConfig{Shard: n, Reader: cfg.Store, Locator: cfg.Locator,
+		owner, err := NewOwner(OwnerConfig{Shard: n, Reader: cfg.Store, Locator: cfg.Locator, Replay: true,
 			AcknowledgeMillis: cfg.AcknowledgeAfter.Milliseconds()})
 		if err != nil {
 			return nil, err
@@ -303,6 +305,20 @@ func (s *Server) nowMs() int64 {
 	return max(s.started.UnixMilli(), s.cfg.NotBeforeMs) + s.cfg.Now().Sub(s.started).Milliseconds()
 }
 
+// date is what receipts are dated now: not before any that another shard has dated, nor, since clients compare both, before any record
+// that another shard has taken. Records follow the wall clock, which may be set forward.
+func (s *Server) date(ms int64) int64 {
+	for {
+		dated := s.dated.Load()
+		if ms <= dated {
+			return dated
+		}
+		if s.dated.CompareAndSwap(dated, ms) {
+			return ms
+		}
+	}
+}
+
 // swap takes what came since the last step. Outcomes that could not be settled, because a read failed, go first.
 func (sh *shard) swap() (committed int) {
 	sh.mu.Lock()
@@ -362,9 +378,7 @@ func (sh *shard) take(now int64) (more bool) {
 			return false
 		}
 		more = len(sh.records) == room
-		if !more {
-			sh.caughtUp.Store(true)
-		}
+		sh.ended = sh.ended || !more
 	}
 	n, err := sh.owner.Take(now, sh.records)
 	rest := copy(sh.records, sh.records[n:])
@@ -375,6 +389,10 @@ func (sh *shard) take(now int64) (more bool) {
 		return false
 	}
 	sh.readFails = 0
+	if sh.ended {
+		sh.owner.CaughtUp()
+		sh.caughtUp.Store(true)
+	}
 	return more
 }
 
@@ -393,7 +411,7 @@ func (sh *shard) commit(now int64) {
 	if !sh.owner.Dirty() || waiting >= maxCommitsWaiting || waiting > 0 && !sh.owner.Urgent() {
 		return
 	}
-	c := sh.owner.Flush(now)
+	c := sh.owner.Flush(sh.server.date(max(now, protocol.PositionMillis(sh.owner.Taken()))))
 	c.Done = func() {
 		sh.mu.Lock()
 		sh.committed++

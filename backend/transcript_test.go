@@ -35,7 +35,8 @@ import (
 //	flush                                                 a commit is given out
 //	apply                                                 the oldest is in the store, and the owner does not know it
 //	committed [N]                                         the oldest is durable
-//	crash                                                 what is not applied is lost; a new owner replays the log
+//	crash [behind=N]                                      what is not applied is lost; a new owner replays the log, but for the last N
+//	catch-up                                              it replays the rest
 //	fail|heal READ…                                       window, devices, receipt, outstanding or mailbox cannot be read
 //	steal USER DEVICE POSITION by=USER                    a mailbox row turns up in another mailbox
 //	rows / status                                         what is in the store / what the owner says of itself
@@ -63,6 +64,7 @@ type play struct {
 	given      []*Commit // not durable
 	applied    int       // of given
 	waiting    []*Record // read and not taken
+	behind     []*Record // not read yet by a new owner
 	unsettled  []Settlement
 	out        strings.Builder
 }
@@ -129,7 +131,11 @@ func (p *play) command(t *testing.T, d *datadriven.TestData) {
 			p.committed()
 		}
 	case "crash":
-		p.crash()
+		p.crash(option("behind", 0))
+	case "catch-up":
+		p.waiting, p.behind = p.behind, nil
+		p.retake()
+		p.owner.CaughtUp()
 	case "fail", "heal":
 		for _, read := range words {
 			p.twin.fail(read, d.Cmd == "fail")
@@ -403,8 +409,9 @@ func (p *play) committed() {
 	p.owner.Committed()
 }
 
-func (p *play) crash() {
+func (p *play) crash(behind int) {
 	p.given, p.applied, p.unsettled = nil, 0, nil
+	p.cfg.Replay = behind > 0
 	p.start(p.cfg)
 	p.waiting = nil
 	for _, r := range p.log {
@@ -415,6 +422,8 @@ func (p *play) crash() {
 		}
 	}
 	p.printf("%d records to replay", len(p.waiting))
+	p.behind = slices.Clone(p.waiting[len(p.waiting)-behind:])
+	p.waiting = p.waiting[:len(p.waiting)-behind]
 	p.retake()
 }
 
