@@ -44,11 +44,11 @@ func (s *Server) ReadReceipts(r protocol.ReceiptsRequest) {
 	s.pages.more.Signal()
 }
 
-// next waits for work; at most one of the results is set, none when the queue is closed.
-func (q *pageQueue) next() (page *protocol.PageRequest, receipts *protocol.ReceiptsRequest) {
+// next takes the next work; at most one of the results is set, none when the queue is closed, or empty and not to wait.
+func (q *pageQueue) next(wait bool) (page *protocol.PageRequest, receipts *protocol.ReceiptsRequest) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for !q.closed && len(q.pages) == 0 && len(q.receipts) == 0 {
+	for wait && !q.closed && len(q.pages) == 0 && len(q.receipts) == 0 {
 		q.more.Wait()
 	}
 	switch {
@@ -58,25 +58,34 @@ func (q *pageQueue) next() (page *protocol.PageRequest, receipts *protocol.Recei
 		r := q.receipts[0]
 		q.receipts = q.receipts[1:]
 		return nil, &r
-	default:
+	case len(q.pages) > 0:
 		r := q.pages[0]
 		q.pages = q.pages[1:]
 		return &r, nil
 	}
+	return nil, nil
 }
 
 func (s *Server) readMailboxes() {
-	for {
-		page, receipts := s.pages.next()
-		switch {
-		case page != nil:
-			s.cfg.Page(s.page(page))
-		case receipts != nil:
-			s.pushReceipts(receipts)
-		default:
-			return
-		}
+	for s.readMailbox(true) {
 	}
+}
+
+// StepMailbox does one reading that ReadPage or ReadReceipts asked for, and reports whether there was one. It is for a caller
+// that drives the Server itself instead of Start, see Step.
+func (s *Server) StepMailbox() bool { return s.readMailbox(false) }
+
+func (s *Server) readMailbox(wait bool) bool {
+	page, receipts := s.pages.next(wait)
+	switch {
+	case page != nil:
+		s.cfg.Page(s.page(page))
+	case receipts != nil:
+		s.pushReceipts(receipts)
+	default:
+		return false
+	}
+	return true
 }
 
 func (s *Server) page(r *protocol.PageRequest) protocol.Page {
