@@ -137,7 +137,7 @@ func (e *emulator) lineFeed() {
 
 func (e *emulator) put(r rune) {
 	columns := 1
-	if r >= 0x1100 && r != '✓' && r != '✗' {
+	if r >= 0x1100 && r != '✓' && r != '✗' && r != '…' {
 		columns = 2
 	}
 	if e.column+columns > e.width {
@@ -393,6 +393,60 @@ func TestScreenIsCarefulWithWideCharacters(t *testing.T) {
 	w.screen.eraseInput("plain")
 	w.typeKeys("")
 	w.check("a plain input")
+}
+
+// TestScreenKeepsLinesAboveWideInput types, edits and enters text of all widths at random: what stands above it is never touched but by
+// a change of that very line.
+func TestScreenKeepsLinesAboveWideInput(t *testing.T) {
+	changed, erased := 0, 0
+	keys := []string{"a", "й", "世", "é", "…", "\x7f", "\x02", "\x06", "\x15"} // and backspace, left, right, erase to the left
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 11))
+		w := newScreenWorld(t, 24+rng.IntN(30), 8+rng.IntN(10))
+		var want []string // the lines, in their order; inputs that could not be erased stand between
+		for step := range 80 {
+			switch n := rng.IntN(10); {
+			case n < 2:
+				text := fmt.Sprintf("%s #%d", markWaiting, step)
+				w.print(text)
+				want = append(want, text)
+			case n < 5 && len(w.lines) > 0:
+				i := rng.IntN(len(w.lines))
+				text := []string{markSent, markDelivered}[rng.IntN(2)] + want[i][strings.IndexByte(want[i], '#')-1:]
+				if w.change(i, text) {
+					want[i] = text
+					changed++
+				}
+			case n < 9:
+				for range 1 + rng.IntN(8) {
+					w.typeKeys(keys[rng.IntN(len(keys))])
+				}
+			default:
+				before := len(w.terminal.content())
+				entered, done := w.typeKeys("\r")
+				if !done {
+					t.Fatal("not entered")
+				}
+				w.screen.eraseInput(entered)
+				w.typeKeys("")
+				if strings.ContainsRune(entered, '世') && len(w.terminal.content()) <= before {
+					erased++
+				}
+			}
+			var got []string
+			for _, row := range w.terminal.content() {
+				if strings.ContainsRune(row, '#') { // which nobody types
+					got = append(got, row)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Fatalf("seed %d, step %d: lines %q, want %q, in\n%s", seed, step, got, want, strings.Join(w.terminal.content(), "\n"))
+			}
+		}
+	}
+	if changed < 1000 || erased < 100 {
+		t.Fatalf("%d changes, %d wide inputs erased: the test does not test much", changed, erased)
+	}
 }
 
 // TestScreenFollowsAClear: after Ctrl-L the lines above are gone, and those below it are where the screen begins.
