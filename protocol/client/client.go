@@ -176,8 +176,11 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	if err := o.validate(); err != nil {
 		return nil, fmt.Errorf("client options: %w", err)
 	}
-	now := time.Now()
-	st, items, highest, err := openState(o.StatePath, o.Device, now)
+	return dial(ctx, &o, osDisk{})
+}
+
+func dial(ctx context.Context, o *Options, d disk) (*Client, error) {
+	st, items, highest, err := openState(d, o.StatePath, o.Device, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +201,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	}
 	life, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
-	go newRunner(life, c, &o, st, items, highest).run()
+	go newRunner(life, c, o, st, items, highest).run()
 	if o.Background {
 		return c, nil
 	}
@@ -251,7 +254,7 @@ func (c *Client) Send(ctx context.Context, receiver, text string) (Sent, error) 
 		return p.sent, p.err
 	case <-ctx.Done():
 	}
-	if c.withdraw(p) {
+	if c.withdraw(p) == nil {
 		return Sent{}, ctx.Err()
 	}
 	select {
@@ -303,14 +306,9 @@ func (c *Client) Queue(ctx context.Context, receiver, text string) (*Pending, er
 	return p, nil
 }
 
-// withdraw takes a send back that was never written.
-func (c *Client) withdraw(p *Pending) bool {
-	withdrawn := false
-	err := c.do(context.Background(), func(r *runner, reply func(error)) {
-		withdrawn = r.withdraw(p.Local)
-		r.after(func() { reply(nil) })
-	})
-	return err == nil && withdrawn
+// withdraw takes a send back that was never written. After an error it goes on, or has ended.
+func (c *Client) withdraw(p *Pending) error {
+	return c.do(context.Background(), func(r *runner, reply func(error)) { r.withdraw(p.Local, reply) })
 }
 
 // Receive returns the next message that was not acknowledged before, in the order in which they arrive; sort by

@@ -241,7 +241,7 @@ func TestNumberIsStoredBeforeItIsWritten(t *testing.T) {
 		if err := c.Close(); err != nil {
 			t.Fatal(err)
 		}
-		st, items, highest, err := openState(copied, "default", time.Now())
+		st, items, highest, err := openState(osDisk{}, copied, "default", time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -515,14 +515,15 @@ func TestCloseWaitsForACallbackThatCalls(t *testing.T) {
 	bubble(t, func(t *testing.T, s *fakeServer) {
 		var c *Client
 		called, closing := make(chan struct{}), make(chan struct{})
-		results := make(chan error, 5)
+		results := make(chan error, 6)
 		unsent := func() error { _, err := c.Unsent(context.Background()); return err }
 		o := s.options("alice")
 		var tokens atomic.Int64
 		o.Token = func(ctx context.Context) (string, error) {
 			if tokens.Add(1) > 1 { // of renew
 				<-ctx.Done()
-				_ = unsent() // before or after the last command
+				<-closing
+				results <- unsent()
 			}
 			return "alice", nil
 		}
@@ -862,6 +863,11 @@ func TestThirtyDays(t *testing.T) {
 }
 
 func TestServerRestoredFromBackupGetsANewEpoch(t *testing.T) {
+	t.Run("while the client runs", func(t *testing.T) { testServerRestored(t, false) })
+	t.Run("while it does not", func(t *testing.T) { testServerRestored(t, true) })
+}
+
+func testServerRestored(t *testing.T, restarted bool) {
 	bubble(t, func(t *testing.T, s *fakeServer) {
 		o := s.options("alice")
 		o.StatePath = filepath.Join(t.TempDir(), "state")
@@ -871,8 +877,15 @@ func TestServerRestoredFromBackupGetsANewEpoch(t *testing.T) {
 		s.mu.Lock()
 		clear(s.blocks) // the backup is older than the client
 		s.mu.Unlock()
-		s.dropAll()
-		time.Sleep(time.Second)
+		if restarted {
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			c = mustDial(t, o)
+		} else {
+			s.dropAll()
+			time.Sleep(time.Second)
+		}
 		if sent := mustSend(t, c, "bob", "three"); sent.Number != 1 {
 			t.Fatalf("sent %+v, want number 1 of a new epoch", sent)
 		}
@@ -896,7 +909,7 @@ func TestReceiptsAfter(t *testing.T) {
 		o.StatePath = filepath.Join(t.TempDir(), "state")
 		o.OnEvent = func(Event) {}
 		after := func() int64 {
-			st, _, _, err := openState(o.StatePath, "default", time.Now())
+			st, _, _, err := openState(osDisk{}, o.StatePath, "default", time.Now())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1154,13 +1167,7 @@ func TestDiskFailureEndsTheClient(t *testing.T) {
 			t.Fatal(err)
 		}
 		mustSend(t, c, "bob", "good")
-		err = c.do(t.Context(), func(r *runner, reply func(error)) {
-			r.state.file = &failingFile{stateFile: r.state.file, failSync: true}
-			reply(nil)
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		breakDisk(t, c)
 		if _, err := c.Send(t.Context(), "bob", "lost"); !errors.Is(err, errDisk) {
 			t.Fatalf("send: %v", err)
 		}
@@ -1189,13 +1196,7 @@ func TestAcknowledgedOnlyWhenStored(t *testing.T) {
 			s.give("alice", "bob", fmt.Sprint(i))
 			messages = append(messages, mustReceive(t, bob))
 		}
-		err = bob.do(t.Context(), func(r *runner, reply func(error)) {
-			r.state.file = &failingFile{stateFile: r.state.file, failSync: true}
-			reply(nil)
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		breakDisk(t, bob)
 		if err := bob.Acknowledge(t.Context(), messages...); !errors.Is(err, errDisk) {
 			t.Fatalf("acknowledge: %v", err)
 		}

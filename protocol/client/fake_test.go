@@ -41,12 +41,13 @@ type fakeServer struct {
 	acked    map[protocol.MessageID]int
 
 	// Scripts, set before the client starts; nil: none.
-	onUpgrade func(n int) (status int, header http.Header) // other than 0 refuses
-	onConnect func(s *fakeSession, n int) (handled bool)   // n counts from 1
-	onSend    func(s *fakeSession, f *protocol.Frame) (handled bool)
-	first     func(stream string, block uint32) uint64 // the first number of a connection
-	heartbeat uint32
-	mute      bool // no pings
+	onUpgrade     func(n int) (status int, header http.Header) // other than 0 refuses
+	onConnect     func(s *fakeSession, n int) (handled bool)   // n counts from 1
+	onSend        func(s *fakeSession, f *protocol.Frame) (handled bool)
+	onAcknowledge func(id protocol.MessageID)
+	first         func(stream string, block uint32) uint64 // the first number of a connection
+	heartbeat     uint32
+	mute          bool // no pings
 }
 
 type fakeSession struct {
@@ -347,6 +348,9 @@ func (c *fakeSession) push(m protocol.Message) {
 // acknowledge takes a message out of the mailbox and tells the sender.
 func (c *fakeSession) acknowledge(id protocol.MessageID) {
 	s := c.server
+	if s.onAcknowledge != nil {
+		s.onAcknowledge(id)
+	}
 	s.mu.Lock()
 	s.acked[id]++
 	var found *protocol.Message

@@ -211,13 +211,20 @@ func (r *runner) queue(p *Pending, receiver, text string, reply func(error)) {
 	r.after(func() { reply(r.state.err) })
 }
 
-func (r *runner) withdraw(local uint64) bool {
+// withdraw stands behind Client.Send. That a send was taken back is told when a power cut cannot bring it back.
+func (r *runner) withdraw(local uint64, reply func(error)) {
 	if !r.outbox.Withdraw(local) {
-		return false
+		reply(ErrUndecided)
+		return
 	}
-	delete(r.waiters, local)
 	r.state.ended(local)
-	return true
+	r.sync = true
+	r.after(func() {
+		if r.state.err == nil {
+			delete(r.waiters, local) // else it has got the error
+		}
+		reply(r.state.err)
+	})
 }
 
 func (r *runner) acknowledge(ids []protocol.MessageID, reply func(error)) {
@@ -437,19 +444,28 @@ func (r *runner) renew() {
 	})
 }
 
-// ended ends a send: the application hears of it when the end is written.
+// ended ends a send: the application hears of it when the end is written. That it will not be delivered must be on stable storage
+// before: after a power cut the number would be sent again, and perhaps be accepted beside what the application
+// sent in its place. That it was delivered may be told earlier, since a resend changes nothing.
 func (r *runner) ended(it *Item, sent Sent, err error) {
 	sent.Local, sent.Number, sent.Receiver = it.Local, it.Seq, it.Receiver
 	r.state.ended(it.Local)
+	r.sync = r.sync || err != nil
 	p := r.waiters[it.Local]
 	delete(r.waiters, it.Local)
 	text := it.Text
 	r.after(func() {
+		unsure := err != nil && r.state.err != nil // the next process may find it open
+		if unsure {
+			err = r.state.err
+		}
 		if p != nil {
 			p.sent, p.err = sent, err
 			close(p.done)
 		}
-		r.events.add(Answered{sent, text, err})
+		if !unsure {
+			r.events.add(Answered{sent, text, err})
+		}
 	})
 }
 

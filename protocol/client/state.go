@@ -54,18 +54,38 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// stateFile is what a state needs of an *os.File; tests put a failing one in its place.
-type stateFile interface {
-	io.Writer
-	Sync() error
-	Close() error
+// disk is what a state needs of the operating system; tests put one in its place that loses power.
+type disk interface {
+	lock(path string) (io.Closer, error)
+	open(path string, flag int) (stateFile, error)
+	rename(from, to string) error
+	syncDirectory(path string) error
 }
+
+// stateFile is what a state needs of an *os.File.
+type stateFile interface {
+	io.ReadWriteCloser
+	io.Seeker
+	Truncate(size int64) error
+	Sync() error
+}
+
+// osDisk is the disk of the operating system.
+type osDisk struct{}
+
+func (osDisk) lock(path string) (io.Closer, error) { return lockFile(path) }
+func (osDisk) open(path string, flag int) (stateFile, error) {
+	return os.OpenFile(path, flag, stateFileMode)
+}
+func (osDisk) rename(from, to string) error    { return os.Rename(from, to) }
+func (osDisk) syncDirectory(path string) error { return syncDirectory(path) }
 
 // state is what a client remembers between connections and, with a path, between processes. Changes are
 // collected in memory and written by commit. It is owned by the client's goroutine.
 type state struct {
 	path   string // empty: memory only
 	device string
+	disk   disk
 	lock   io.Closer
 	file   stateFile
 
@@ -86,15 +106,15 @@ type state struct {
 
 // openState opens or makes the state at path ("" for memory only) and returns it with the sends that have not ended, in the
 // order in which they were given, and the highest number given.
-func openState(path, device string, now time.Time) (st *state, items []Item, highest uint64, err error) {
-	st = &state{path: path, device: device, nextLocal: 1}
+func openState(d disk, path, device string, now time.Time) (st *state, items []Item, highest uint64, err error) {
+	st = &state{path: path, device: device, disk: d, nextLocal: 1}
 	if path == "" {
 		st.shown = newShownSet(MaxShownInMemory)
 		st.epoch = newEpoch()
 		return st, nil, 0, nil
 	}
 	st.shown = newShownSet(MaxShownOnDisk)
-	st.lock, err = lockFile(path + lockSuffix)
+	st.lock, err = d.lock(path + lockSuffix)
 	if err != nil {
 		return nil, nil, 0, fmt.Errorf("lock state %s: %w", path, err)
 	}
@@ -117,19 +137,15 @@ func newEpoch() uint64 {
 }
 
 func (st *state) open(now time.Time) (items []Item, highest uint64, err error) {
-	info, err := os.Stat(st.path)
+	content, err := st.read()
 	switch {
-	case errors.Is(err, fs.ErrNotExist), err == nil && info.Size() == 0:
-		st.epoch = newEpoch()
-		return nil, 0, st.rewrite(nil, 0)
 	case err != nil:
 		return nil, 0, err
-	case info.Size() > maxStateBytes:
-		return nil, 0, fmt.Errorf("%w: %d bytes", ErrStateCorrupt, info.Size())
-	}
-	content, err := os.ReadFile(st.path)
-	if err != nil {
-		return nil, 0, err
+	case len(content) == 0:
+		st.epoch = newEpoch()
+		return nil, 0, st.rewrite(nil, 0)
+	case len(content) > maxStateBytes:
+		return nil, 0, fmt.Errorf("%w: over %d bytes", ErrStateCorrupt, maxStateBytes)
 	}
 	items, highest, err = st.replay(content)
 	if err != nil {
@@ -139,7 +155,20 @@ func (st *state) open(now time.Time) (items []Item, highest uint64, err error) {
 	return items, highest, st.reopen()
 }
 
-// replay reads the whole file and sets size to the end of what is good.
+// read returns the file; none at all is like an empty one. Of one that is too long it returns more than maxStateBytes.
+func (st *state) read() ([]byte, error) {
+	f, err := st.disk.open(st.path, os.O_RDONLY)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	content, err := io.ReadAll(io.LimitReader(f, maxStateBytes+1))
+	return content, errors.Join(err, f.Close())
+}
+
+// replay takes the content of the file and sets size to the end of what is good.
 func (st *state) replay(content []byte) (items []Item, highest uint64, err error) {
 	snapshot, err := parseStateHeader(content)
 	if err != nil {
@@ -279,15 +308,18 @@ func (r *replayer) items() []Item {
 	return list
 }
 
-// reopen opens the file for appending, cuts a torn tail off and syncs: a process that was killed may have left
-// pages that are good but not yet on the disk.
+// reopen opens the file for appending, cuts a torn tail off and syncs the file and its name: a process that was killed may have left
+// pages that are good but not yet on the disk, or a snapshot that a power cut would replace by the older file.
 func (st *state) reopen() error {
-	f, err := os.OpenFile(st.path, os.O_RDWR, 0)
+	f, err := st.disk.open(st.path, os.O_RDWR)
 	if err != nil {
 		return err
 	}
 	if err := errors.Join(f.Truncate(st.size), f.Sync()); err != nil {
 		return errors.Join(fmt.Errorf("repair: %w", err), f.Close())
+	}
+	if err := st.disk.syncDirectory(filepath.Dir(st.path)); err != nil {
+		return errors.Join(fmt.Errorf("sync directory: %w", err), f.Close())
 	}
 	if _, err := f.Seek(st.size, io.SeekStart); err != nil {
 		return errors.Join(err, f.Close())
@@ -301,7 +333,7 @@ func (st *state) reopen() error {
 func (st *state) rewrite(ob *Outbox, highest uint64) error {
 	content := st.snapshotBytes(ob, highest)
 	temporary := st.path + temporarySuffix
-	if err := writeSynced(temporary, content); err != nil {
+	if err := st.writeSynced(temporary, content); err != nil {
 		return fmt.Errorf("write snapshot: %w", err)
 	}
 	if st.file != nil {
@@ -310,18 +342,15 @@ func (st *state) rewrite(ob *Outbox, highest uint64) error {
 		}
 		st.file = nil
 	}
-	if err := os.Rename(temporary, st.path); err != nil {
+	if err := st.disk.rename(temporary, st.path); err != nil {
 		return fmt.Errorf("put snapshot in place: %w", err)
-	}
-	if err := syncDirectory(filepath.Dir(st.path)); err != nil {
-		return fmt.Errorf("sync directory: %w", err)
 	}
 	st.size, st.snapshot = int64(len(content)), int64(len(content))
 	return st.reopen()
 }
 
-func writeSynced(path string, content []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, stateFileMode)
+func (st *state) writeSynced(path string, content []byte) error {
+	f, err := st.disk.open(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return err
 	}

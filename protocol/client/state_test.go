@@ -16,7 +16,7 @@ import (
 
 func mustOpenState(t *testing.T, path string) (*state, []Item, uint64) {
 	t.Helper()
-	st, items, highest, err := openState(path, "phone", epochStart)
+	st, items, highest, err := openState(osDisk{}, path, "phone", epochStart)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +114,7 @@ func TestStateTornAtEveryByte(t *testing.T) {
 		if err := os.WriteFile(torn, whole[:n], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		st, _, _, err := openState(torn, "phone", epochStart)
+		st, _, _, err := openState(osDisk{}, torn, "phone", epochStart)
 		if n < snapshot {
 			// The snapshot was renamed into place whole: a shorter one is damage.
 			if !errors.Is(err, ErrStateCorrupt) {
@@ -139,6 +139,34 @@ func TestStateTornAtEveryByte(t *testing.T) {
 	}
 	if shown != 3 {
 		t.Fatalf("the whole file has %d ids", shown)
+	}
+}
+
+// TestStateTornTailDoesNotComeBack: a power cut tears one frame and leaves the next; what is appended after the repair
+// ends where the left one began.
+func TestStateTornTailDoesNotComeBack(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	st, _, _ := mustOpenState(t, path)
+	first := st.size
+	for i := range 2 {
+		st.showed(testID(i), epochStart)
+		mustCommit(t, st, false)
+	}
+	mustClose(t, st)
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content[first+frameHeaderBytes] ^= 1
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st, _, _ = mustOpenState(t, path)
+	st.showed(testID(2), epochStart) // as long as the torn one
+	mustClose(t, st)
+	st, _, _ = mustOpenState(t, path)
+	if !st.shown.has(testID(2)) || st.shown.len() != 1 {
+		t.Fatalf("%d ids, want only the one after the repair", st.shown.len())
 	}
 }
 
@@ -171,7 +199,7 @@ func TestStateDamageIsNotATornTail(t *testing.T) {
 func TestStateIsLocked(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state")
 	st, _, _ := mustOpenState(t, path)
-	if _, _, _, err := openState(path, "phone", epochStart); !errors.Is(err, ErrStateLocked) {
+	if _, _, _, err := openState(osDisk{}, path, "phone", epochStart); !errors.Is(err, ErrStateLocked) {
 		t.Fatalf("a second opening: %v, want ErrStateLocked", err)
 	}
 	mustClose(t, st)
@@ -182,7 +210,7 @@ func TestStateBelongsToOneDevice(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state")
 	st, _, _ := mustOpenState(t, path)
 	mustClose(t, st)
-	if _, _, _, err := openState(path, "laptop", epochStart); !errors.Is(err, ErrStateMismatch) {
+	if _, _, _, err := openState(osDisk{}, path, "laptop", epochStart); !errors.Is(err, ErrStateMismatch) {
 		t.Fatalf("opened for another device: %v", err)
 	}
 	mustOpenState(t, path) // the failure gave the lock back
@@ -313,7 +341,7 @@ func TestStateForgetsIdsAfterAYear(t *testing.T) {
 	st.showed(testID(1), epochStart)
 	st.showed(testID(2), epochStart.Add(300*24*time.Hour))
 	mustClose(t, st)
-	st, _, _, err := openState(path, "phone", epochStart.Add((shownDays+1)*24*time.Hour))
+	st, _, _, err := openState(osDisk{}, path, "phone", epochStart.Add((shownDays+1)*24*time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
