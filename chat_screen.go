@@ -60,8 +60,7 @@ func openScreen(in io.Reader, out io.Writer) (screen, lineReader, func(), error)
 	}
 	s := newTerminalScreen(in, out, size, os.Getenv("NO_COLOR") == "")
 	restore := func() {
-		s.prompt("")
-		fmt.Fprint(out, "\r\x1b[K") // the prompt that nobody will use
+		s.close()
 		_ = term.Restore(int(input.Fd()), old)
 	}
 	return s, s.term.ReadLine, restore, nil
@@ -173,6 +172,9 @@ func (s *terminalScreen) eraseInput(text string) {
 	s.command(cursorErase, uint64(utf8.RuneCountInString(s.label+text)), "")
 }
 
+// close removes the prompt and what was typed at it. Nothing is shown afterwards.
+func (s *terminalScreen) close() { s.command(cursorClose, 0, "") }
+
 // command goes through the editor, which moves its input line out of the way and draws it again below.
 func (s *terminalScreen) command(op byte, n uint64, text string) {
 	if width, height := s.size(); width != s.cursor.width || height != s.cursor.height {
@@ -190,6 +192,7 @@ const (
 	cursorPrint   = 'P' // print text as line number n
 	cursorChange  = 'C' // put text in the place of line n
 	cursorErase   = 'E' // erase the input line of n columns that was just entered
+	cursorClose   = 'Q' // pass nothing on any more
 )
 
 // cursorWriter passes output on to a terminal and keeps account of the row of the cursor, so that a line printed
@@ -209,6 +212,7 @@ type cursorWriter struct {
 	wide     bool          // the input line holds characters of unknown width
 	unsure   bool          // and may have reached the margin, where the terminal begins a new row that the editor does not know of
 	changed  bool          // the last change succeeded
+	closed   bool
 }
 
 type printedLine struct {
@@ -218,6 +222,9 @@ type printedLine struct {
 }
 
 func (c *cursorWriter) Write(p []byte) (int, error) {
+	if c.closed {
+		return len(p), nil
+	}
 	if c.resize[0] != 0 {
 		c.width, c.height, c.lines, c.resize, c.inputRow = c.resize[0], c.resize[1], nil, [2]int{}, -1
 	}
@@ -242,6 +249,8 @@ func (c *cursorWriter) Write(p []byte) (int, error) {
 		err = c.change(n, string(text))
 	case cursorErase:
 		err = c.erase(int(n))
+	case cursorClose:
+		c.closed = true
 	}
 	return len(p), err
 }

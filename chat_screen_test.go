@@ -495,6 +495,20 @@ func TestScreenLeavesInputThatIsNotLast(t *testing.T) {
 	w.check("a message in between")
 }
 
+// TestScreenCloses: who leaves in the middle of a line finds the shell's prompt where the line began.
+func TestScreenCloses(t *testing.T) {
+	for _, typed := range []string{"", "half a line", strings.Repeat("long ", 20), "世界", strings.Repeat("世", 18)} {
+		w := newScreenWorld(t, 40, 10)
+		w.print("✓  first")
+		w.typeKeys(typed)
+		w.screen.close()
+		w.screen.print(line{text: "too late"})
+		if got := w.terminal.content(); !slices.Equal(got, w.want) || w.terminal.row != 1 || w.terminal.column != 0 {
+			t.Errorf("after %q: %q, cursor at row %d, column %d", typed, got, w.terminal.row, w.terminal.column)
+		}
+	}
+}
+
 func TestPlainScreen(t *testing.T) {
 	var out bytes.Buffer
 	s, next, restore, err := openScreen(strings.NewReader("one\r\n\ntwo"), &out)
