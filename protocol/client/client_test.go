@@ -779,6 +779,45 @@ func TestTokens(t *testing.T) {
 	})
 }
 
+// TestRenewOneAtATime: a server that asks again and again gets one call of the source after the other, and an error is not the last one.
+func TestRenewOneAtATime(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		answers := make(chan error)
+		var calls, running atomic.Int64
+		o := s.options("alice")
+		o.Token = func(ctx context.Context) (string, error) {
+			if running.Add(1) > 1 {
+				t.Error("called twice at a time")
+			}
+			defer running.Add(-1)
+			if calls.Add(1) == 1 {
+				return "alice", nil
+			}
+			return fmt.Sprint("alice:", calls.Load()), <-answers
+		}
+		mustDial(t, o)
+		s.mu.Lock()
+		session := s.sessions["alice/default"]
+		s.mu.Unlock()
+		for i, answer := range []error{errors.New("the issuer is down"), nil} {
+			for range 100 {
+				session.write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
+			}
+			synctest.Wait()
+			if n := calls.Load(); n != int64(i+2) {
+				t.Fatalf("%d calls after %d times 100 requests", n, i+1)
+			}
+			answers <- answer
+			synctest.Wait()
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if session.token != "alice:3" || s.connects != 1 {
+			t.Fatalf("token %q after %d connections", session.token, s.connects)
+		}
+	})
+}
+
 func TestServiceUnavailable(t *testing.T) {
 	bubble(t, func(t *testing.T, s *fakeServer) {
 		s.onUpgrade = func(n int) (int, http.Header) {

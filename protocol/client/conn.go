@@ -73,10 +73,11 @@ type receipt struct {
 
 // connEvent is what a connection tells the client's goroutine: its token, frames, or its end.
 type connEvent struct {
-	conn   *conn
-	token  string // made for this attempt
-	frames []serverFrame
-	end    *ending
+	conn    *conn
+	token   string // made for this connection
+	renewed bool   // a renewal has ended, with a token or without
+	frames  []serverFrame
+	end     *ending
 }
 
 // conn is one attempt to connect and the connection that comes of it. One goroutine dials and reads, one writes.

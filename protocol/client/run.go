@@ -53,6 +53,7 @@ type runner struct {
 	token      string
 	freshToken bool // token was made for this attempt
 	newToken   bool // ask for one before the next attempt
+	renewing   bool // the token source has been asked on behalf of this connection
 	begun      time.Time
 	liveSince  time.Time
 	heartbeat  time.Duration
@@ -220,9 +221,7 @@ func (r *runner) withdraw(local uint64, reply func(error)) {
 	r.state.ended(local)
 	r.sync = true
 	r.after(func() {
-		if r.state.err == nil {
-			delete(r.waiters, local) // else it has got the error
-		}
+		delete(r.waiters, local) // after a failed commit it has got the error already
 		reply(r.state.err)
 	})
 }
@@ -298,7 +297,7 @@ func (r *runner) watch(now time.Time) {
 func (r *runner) connect(now time.Time) {
 	r.conn = newConn(r.life, r.options, r.fromNet)
 	r.begun, r.live, r.told, r.goAwayMs, r.leaveAt = now, false, nil, 0, time.Time{}
-	r.freshToken = false
+	r.freshToken, r.renewing = false, false
 	r.events.connecting(r.state.receiptsAfter)
 	source := r.options.Token
 	if !r.newToken {
@@ -323,6 +322,9 @@ func (r *runner) heard(ev connEvent) {
 	now := time.Now()
 	if ev.token != "" {
 		r.gotToken(ev.token)
+	}
+	if ev.renewed {
+		r.renewing = false
 	}
 	for i := range ev.frames {
 		r.frame(&ev.frames[i], now)
@@ -431,16 +433,20 @@ func (r *runner) refused(f *serverFrame, now time.Time) {
 	r.told = f
 }
 
-// renew gets a token for a living connection.
+// renew gets a token for a living connection, one at a time however often the server asks.
 func (r *runner) renew() {
+	if r.renewing {
+		return
+	}
+	r.renewing = true
 	c, source := r.conn, r.options.Token
 	r.wg.Go(func() {
 		token, err := fetchToken(c.told, source)
 		if err != nil {
+			// The server will close with 4401, and then there is a retry with backoff.
 			r.options.Logger.Warn("no token for the renewal", "error", err)
-			return // the server will close with 4401, and then there is a retry with backoff
 		}
-		c.tell(connEvent{token: token})
+		c.tell(connEvent{token: token, renewed: true})
 	})
 }
 
