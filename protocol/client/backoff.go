@@ -84,10 +84,21 @@ func judge(end ending, told *serverFrame, goAwayMs uint32, freshToken bool) verd
 		v.newToken = true // the token was good once: keys change
 	case refusedToken:
 		v.final = fmt.Errorf("%w: %w", ErrUnauthorized, end.err)
-	case code != 0 && !code.Reconnect():
+	case code != 0 && !code.Reconnect(), finalStatus(end.status):
 		v.final = finalError(code, end.err)
 	}
 	return v
+}
+
+// finalStatus says that a request would be answered by the same HTTP status again: something is wrong with the URL or a header. After any
+// other status, of a proxy perhaps, the client comes back.
+func finalStatus(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed,
+		http.StatusUpgradeRequired, http.StatusRequestHeaderFieldsTooLarge:
+		return true
+	}
+	return false
 }
 
 // finalError names what a close code that forbids coming back means.

@@ -664,6 +664,9 @@ func TestFinalEndings(t *testing.T) {
 		"HTTP 401": {func(s *fakeServer) {
 			s.onUpgrade = func(int) (int, http.Header) { return http.StatusUnauthorized, nil }
 		}, ErrUnauthorized},
+		"HTTP 403": {func(s *fakeServer) {
+			s.onUpgrade = func(int) (int, http.Header) { return http.StatusForbidden, nil }
+		}, ErrRejected},
 		"unknown code in the range": {func(s *fakeServer) {
 			s.onConnect = func(c *fakeSession, n int) bool { c.closeWith(4777, "no"); return true }
 		}, ErrRejected},
@@ -1309,6 +1312,89 @@ func TestStateOfAnotherUser(t *testing.T) {
 			t.Fatalf("bob, who says so, with alice's state: %v", err)
 		}
 	})
+}
+
+// TestJudge has a row for everything that §2 and §16 of the protocol say about coming back.
+func TestJudge(t *testing.T) {
+	why := errors.New("why")
+	closed := func(code protocol.CloseCode) ending { return ending{err: why, closeCode: code} }
+	status := func(n int) ending { return ending{err: why, status: n} }
+	told := func(code protocol.Code, retryAfterMs uint32) *serverFrame {
+		return &serverFrame{Code: code, RetryAfterMs: retryAfterMs}
+	}
+	for name, c := range map[string]struct {
+		end      ending
+		told     *serverFrame
+		goAwayMs uint32
+		fresh    bool
+		final    error
+		newToken bool
+		floor    time.Duration
+	}{
+		"broken":                      {end: ending{err: why}},
+		"normal":                      {end: closed(protocol.CloseNormal)},
+		"after go_away":               {end: closed(protocol.CloseRestart), goAwayMs: 1500, floor: 1500 * time.Millisecond},
+		"after an error and go_away":  {end: closed(protocol.CloseTryAgain), told: told(protocol.CodeOverloaded, 900), goAwayMs: 700, floor: 900 * time.Millisecond},
+		"violated WebSocket":          {end: closed(protocol.CloseProtocolError), final: ErrRejected},
+		"in the range to come back":   {end: closed(4499)},
+		"in the range not to":         {end: closed(4500 + 77), final: ErrRejected},
+		"replaced":                    {end: closed(protocol.CloseSessionReplaced), final: ErrReplaced},
+		"too many devices":            {end: closed(protocol.CloseTooManyDevices), final: ErrTooManyDevices},
+		"expired":                     {end: closed(protocol.CloseTokenExpired), fresh: true, newToken: true},
+		"old token refused":           {end: closed(protocol.CloseUnauthorized), newToken: true},
+		"new token refused":           {end: closed(protocol.CloseUnauthorized), fresh: true, final: ErrUnauthorized},
+		"told, and broken":            {end: ending{err: why}, told: told(protocol.CodeSessionReplaced, 0), final: ErrReplaced},
+		"told, and closed as normal":  {end: closed(protocol.CloseNormal), told: told(protocol.CodeTooManyDevices, 0), final: ErrTooManyDevices},
+		"told, and closed as restart": {end: closed(protocol.CloseRestart), told: told(protocol.CodeSessionReplaced, 0)},
+		"told what ends nothing":      {end: ending{err: why}, told: told(protocol.CodeUnknownAction, 0)},
+		"no token":                    {end: ending{err: why, tokenErr: true}, newToken: true},
+		"another user":                {end: ending{err: ErrWrongUser}, final: ErrWrongUser},
+		"HTTP 400":                    {end: status(400), final: ErrRejected},
+		"HTTP 401 for an old token":   {end: status(401), newToken: true},
+		"HTTP 401 for a new token":    {end: status(401), fresh: true, final: ErrUnauthorized},
+		"HTTP 403":                    {end: status(403), final: ErrRejected},
+		"HTTP 404":                    {end: status(404), final: ErrRejected},
+		"HTTP 405":                    {end: status(405), final: ErrRejected},
+		"HTTP 426":                    {end: status(426), final: ErrRejected},
+		"HTTP 431":                    {end: status(431), final: ErrRejected},
+		"HTTP 429 of a proxy":         {end: status(429)},
+		"HTTP 502 of a proxy":         {end: status(502)},
+		"HTTP 503":                    {end: ending{err: why, status: 503, retryAfter: 7 * time.Second}, floor: 7 * time.Second},
+		"HTTP 503 without a time":     {end: status(503), fresh: true},
+	} {
+		v := judge(c.end, c.told, c.goAwayMs, c.fresh)
+		if !errors.Is(v.final, c.final) || v.newToken != c.newToken || v.floor != c.floor {
+			t.Errorf("%s: %+v", name, v)
+		}
+		if v.final != nil && !errors.Is(v.final, c.end.err) {
+			t.Errorf("%s: %v does not say why", name, v.final)
+		}
+	}
+}
+
+// TestBackoffStartsOver: only a connection that stood for a while ends the doubling; a server that accepts and drops is not hammered.
+func TestBackoffStartsOver(t *testing.T) {
+	for stood, startsOver := range map[time.Duration]bool{10*time.Second - time.Millisecond: false, 10 * time.Second: true} {
+		bubble(t, func(t *testing.T, s *fakeServer) {
+			c := mustDial(t, s.options("alice"))
+			err := c.do(t.Context(), func(r *runner, reply func(error)) { r.backoff.failures = 7; reply(nil) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(stood)
+			s.dropAll()
+			synctest.Wait()
+			err = c.do(t.Context(), func(r *runner, reply func(error)) {
+				if want := map[bool]int{false: 8, true: 1}[startsOver]; r.backoff.failures != want {
+					t.Errorf("after a connection of %v the backoff counts %d failures, want %d", stood, r.backoff.failures, want)
+				}
+				reply(nil)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 }
 
 func TestBackoffBounds(t *testing.T) {

@@ -39,8 +39,8 @@
 // # Connections
 //
 // A client reconnects by itself: after a wait between 0 and a ceiling that doubles up to MaxBackoff, plus what the server asked
-// for (go_away, retry_after_ms, Retry-After). Close codes 4000 to 4499 mean "come back", 4500 to 4999 "do not"; after the latter, a refused
-// new token or a failing disk, the client is final: Err says why, OnEvent gets a Disconnected that is Final, and every call returns the
+// for (go_away, retry_after_ms, Retry-After). Close codes 4000 to 4499 mean "come back", 4500 to 4999 "do not"; after the latter, an
+// HTTP answer that would be the same again (400, 403, 404, 405, 426, 431), a refused new token or a failing disk, the client is final: Err says why, OnEvent gets a Disconnected that is Final, and every call returns the
 // error, except Acknowledge, which works until Close.
 // A server that says nothing for two heartbeats, or that does not answer a send within AnswerTimeout, is left for a new connection.
 //

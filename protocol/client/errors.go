@@ -18,8 +18,8 @@ var (
 	ErrUnauthorized = errors.New("the server refused the token")
 	// ErrTooManyDevices says that the user has as many devices as the server allows.
 	ErrTooManyDevices = errors.New("the user has too many devices")
-	// ErrRejected says that the server closed the connection in a way that asks this client not to come back; the
-	// text says why.
+	// ErrRejected says that the server closed the connection, or answered the upgrade, in a way that asks this client not to come back:
+	// errors.As finds a *CloseError or a *StatusError that says why.
 	ErrRejected = errors.New("the server refused this client")
 	// ErrWrongUser says that the token names another user than the state file or Options.User.
 	ErrWrongUser = errors.New("the token is for another user")
