@@ -294,7 +294,9 @@ func (sh *shard) step() (more bool) {
 	sh.holdFences()
 	more = sh.take(now)
 	sh.owner.Tick(now)
+	full := sh.owner.Full()
 	sh.commit(now)
+	more = more || full && !sh.owner.Full() // there is room for what had to wait
 	sh.act()
 	sh.answerFences()
 	sh.publish(more)
@@ -391,7 +393,7 @@ func (sh *shard) take(now int64) (more bool) {
 		return false
 	}
 	sh.readFails = 0
-	if sh.ended {
+	if sh.ended && len(sh.records) == 0 {
 		sh.owner.CaughtUp()
 		sh.caughtUp.Store(true)
 	}
