@@ -62,9 +62,10 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	toEdge := &edgeLink{}
 	m.owner, err = backend.NewServer(backend.Config{Queue: m.store, Store: m.store, Locator: m.table, Pusher: toEdge,
 		// Not method values: they would bind the edge that is not there yet.
-		Answer: func(batch []protocol.Answer) { toEdge.Answer(batch) },
-		Page:   func(page protocol.Page) { toEdge.Page(page) },
-		Fenced: func(f protocol.Fence) { toEdge.Fenced(f) }, Identity: identity[:], Logger: log,
+		Answer:       func(batch []protocol.Answer) { toEdge.Answer(batch) },
+		Page:         func(page protocol.Page) { toEdge.Page(page) },
+		ReceiptsPage: func(page protocol.ReceiptsPage) { toEdge.ReceiptsPage(page) },
+		Fenced:       func(f protocol.Fence) { toEdge.Fenced(f) }, Identity: identity[:], Logger: log,
 		NotBeforeMs: m.store.LastMs()})
 	if err != nil {
 		return nil, err

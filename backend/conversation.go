@@ -1,6 +1,8 @@
 package backend
 
 import (
+	"cmp"
+	"maps"
 	"slices"
 
 	"millrace/protocol"
@@ -119,13 +121,18 @@ func (l *idleList) remove(c *conversation) {
 type window struct {
 	stream  Stream
 	done    Window
-	pending []uint64
-	newest  uint64 // the last number that came as a new one, see Owner.entered
+	pending map[uint64]*entry // by number
+	newest  uint64            // the last number that came as a new one, see Owner.entered
 	dirty   bool
+	commit  uint64 // the last that holds its row
 }
 
-// window finds the window of a stream, reading it when it is not here.
-func (c *conversation) window(r Reader, s Stream) (*window, error) {
+// maxWindowsKept is how many windows of a conversation stay in memory though nothing needs them. Clients that keep no
+// state make a stream for every start.
+const maxWindowsKept = 16
+
+// window finds the window of a stream, reading it when it is not here. durable is the number of the last durable commit.
+func (c *conversation) window(r Reader, s Stream, durable uint64) (*window, error) {
 	if w := c.loadedWindow(s); w != nil {
 		return w, nil
 	}
@@ -134,8 +141,16 @@ func (c *conversation) window(r Reader, s Stream) (*window, error) {
 		return nil, err
 	}
 	w := &window{stream: s, done: done}
+	if len(c.windows) >= maxWindowsKept {
+		c.windows = slices.DeleteFunc(c.windows, func(w *window) bool { return w.rests(durable) })
+	}
 	c.windows = append(c.windows, w)
 	return w, nil
+}
+
+// rests reports whether the store has all that the window knows.
+func (w *window) rests(durable uint64) bool {
+	return len(w.pending) == 0 && !w.dirty && w.commit <= durable
 }
 
 // loadedWindow is the window of a stream if it is here, else nil.
@@ -148,22 +163,17 @@ func (c *conversation) loadedWindow(s Stream) *window {
 	return nil
 }
 
-func (w *window) inFlight(seq uint64) bool {
-	for _, p := range w.pending {
-		if p == seq {
-			return true
-		}
+func (w *window) inFlight(seq uint64) bool { return w.pending[seq] != nil }
+
+func (w *window) enter(e *entry) {
+	if w.pending == nil {
+		w.pending = make(map[uint64]*entry)
 	}
-	return false
+	w.pending[e.seq] = e
 }
 
 func (w *window) finish(seq uint64) {
-	for i, p := range w.pending {
-		if p == seq {
-			w.pending = append(w.pending[:i], w.pending[i+1:]...)
-			break
-		}
-	}
+	delete(w.pending, seq)
 	w.done.Finish(seq)
 	w.dirty = true
 }
@@ -182,8 +192,8 @@ type receipt struct {
 	acks   []Mark // acknowledged, beyond row.Delivered, ascending
 
 	// What commits that are not durable do to the outstanding rows; the store may show it or not.
-	left    []overlay // written
-	settled []overlay // deleted; wins
+	left    []overlay         // written, ascending
+	settled map[uint64]uint64 // deleted, position to commit; wins
 }
 
 type overlay struct {
@@ -240,25 +250,27 @@ func (rc *receipt) leave(position, commit uint64) {
 
 // settle records that an outstanding message was acknowledged.
 func (rc *receipt) settle(r Reader, position, commit uint64) error {
-	rc.settled = append(rc.settled, overlay{position, commit})
-	if rc.hole != position {
-		return nil
+	if rc.hole == position {
+		hole, err := rc.nextHole(r, position+1)
+		if err != nil {
+			return err
+		}
+		rc.hole = hole
 	}
-	hole, err := rc.nextHole(r, position+1)
-	if err != nil {
-		rc.settled = rc.settled[:len(rc.settled)-1]
-		return err
+	if rc.settled == nil {
+		rc.settled = make(map[uint64]uint64)
 	}
-	rc.hole = hole
+	rc.settled[position] = commit
 	return nil
 }
 
 // nextHole is the first outstanding position ≥ from, 0: none.
 func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
 	var hole uint64
-	for _, l := range rc.left {
-		if l.position >= from && (hole == 0 || l.position < hole) && !contains(rc.settled, l.position) {
-			hole = l.position
+	at, _ := findOverlay(rc.left, from)
+	for ; at < len(rc.left) && hole == 0; at++ {
+		if p := rc.left[at].position; !rc.isSettled(p) {
+			hole = p
 		}
 	}
 	for {
@@ -268,7 +280,7 @@ func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
 			return 0, err
 		case !ok || hole != 0 && row.Position >= hole:
 			return hole, nil
-		case !contains(rc.settled, row.Position):
+		case !rc.isSettled(row.Position):
 			return row.Position, nil
 		}
 		from = row.Position + 1
@@ -276,23 +288,23 @@ func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
 }
 
 func (rc *receipt) isOutstanding(r Reader, position uint64) (bool, error) {
-	switch {
-	case contains(rc.settled, position):
+	if rc.isSettled(position) {
 		return false, nil
-	case contains(rc.left, position):
+	}
+	if _, found := findOverlay(rc.left, position); found {
 		return true, nil
 	}
 	row, ok, err := r.FirstOutstanding(rc.row.Conversation, rc.row.Addressee, position)
 	return ok && row.Position == position, err
 }
 
-func contains(list []overlay, position uint64) bool {
-	for _, o := range list {
-		if o.position == position {
-			return true
-		}
-	}
-	return false
+func (rc *receipt) isSettled(position uint64) bool {
+	_, found := rc.settled[position]
+	return found
+}
+
+func findOverlay(list []overlay, position uint64) (at int, found bool) {
+	return slices.BinarySearchFunc(list, position, func(o overlay, p uint64) int { return cmp.Compare(o.position, p) })
 }
 
 // acknowledge records the first acknowledgement of a message.
@@ -348,14 +360,10 @@ func (rc *receipt) outstandingKey(position uint64) OutstandingKey {
 
 // committed forgets what the commit with this number made durable: the store shows it now.
 func (rc *receipt) committed(number uint64) {
-	rc.left = dropCommitted(rc.left, number)
-	rc.settled = dropCommitted(rc.settled, number)
-}
-
-func dropCommitted(list []overlay, number uint64) []overlay {
 	n := 0
-	for n < len(list) && list[n].commit <= number {
+	for n < len(rc.left) && rc.left[n].commit <= number {
 		n++
 	}
-	return append(list[:0], list[n:]...)
+	rc.left = slices.Delete(rc.left, 0, n)
+	maps.DeleteFunc(rc.settled, func(_, commit uint64) bool { return commit <= number })
 }

@@ -31,6 +31,9 @@ type OwnerConfig struct {
 	MaxInFlight int
 	// Replay says that the log may hold what an earlier owner took: until CaughtUp is called.
 	Replay bool
+	// MaxCommitRows is how many mailbox rows a commit gathers; then nothing more is taken, settled or given up until it is
+	// given out. Default 2 048: 8 MiB of the longest texts.
+	MaxCommitRows int
 	// MaxIdleConversations bounds the cache of conversations with nothing in flight. Default 16 384.
 	MaxIdleConversations int
 }
@@ -44,6 +47,9 @@ func (c *OwnerConfig) validate() error {
 	}
 	if c.MaxInFlight == 0 {
 		c.MaxInFlight = 262_144
+	}
+	if c.MaxCommitRows == 0 {
+		c.MaxCommitRows = 2048
 	}
 	if c.MaxIdleConversations == 0 {
 		c.MaxIdleConversations = 16_384
@@ -102,6 +108,7 @@ type Owner struct {
 	flying   map[uint64]*entry
 	expire   uint64 // number of the next entry whose deadline is checked
 	taken    uint64 // the last position taken
+	passed   bool   // duplicates were dropped since the last commit
 	replay   bool   // see CaughtUp
 	behind   []*conversation
 	clockMs  int64 // the last receipt time given out
@@ -216,10 +223,16 @@ func (o *Owner) ClearActions() {
 	o.actions.Receipts = o.actions.Receipts[:0]
 }
 
+// Full reports whether the commit being gathered has as many mailbox rows as it should.
+func (o *Owner) Full() bool { return len(o.next.Mailbox) >= o.cfg.MaxCommitRows }
+
 // Take takes durable records in position order. It stops at the first that it cannot decide about because a read
-// failed; n is how many were taken.
+// failed, and when the commit being gathered is Full; n is how many were taken.
 func (o *Owner) Take(nowMs int64, records []*Record) (n int, err error) {
 	for _, r := range records {
+		if o.Full() {
+			return n, nil
+		}
 		if err := o.take(nowMs, r); err != nil {
 			o.stats.ReadErrors++
 			return n, err
@@ -237,14 +250,14 @@ func (o *Owner) take(nowMs int64, r *Record) error {
 	}
 	conv := o.conversation(ConversationKey(r.Sender, r.Receiver))
 	defer o.rest(conv)
-	w, err := conv.window(o.cfg.Reader, r.Stream())
+	w, err := conv.window(o.cfg.Reader, r.Stream(), o.number-1-uint64(len(o.waiting)))
 	if err != nil {
 		return fmt.Errorf("read duplicate window: %w", err)
 	}
 	if w.done.Finished(r.Seq) || w.inFlight(r.Seq) {
-		o.taken = r.Position
+		o.taken, o.passed = r.Position, true
 		o.stats.Duplicates++
-		o.resent(conv, w, r)
+		o.resent(w, r)
 		return nil
 	}
 	// Read now, after the record is durable, and never from a cache: a device that registered before
@@ -278,7 +291,7 @@ func (o *Owner) enter(nowMs int64, r *Record, conv *conversation, w *window) *en
 	o.order = append(o.order, e)
 	o.flying[e.position] = e
 	conv.queue = append(conv.queue, e)
-	w.pending = append(w.pending, r.Seq)
+	w.enter(e)
 	return e
 }
 
@@ -319,20 +332,23 @@ func (o *Owner) writeMailbox(e *entry, i int, r *Record, reason MailboxReason) {
 // errNotTaken: the outcome is of a message that was drained and that the replay has not come to.
 var errNotTaken = errors.New("not taken yet")
 
-// Settle takes what became of pushes. Those for which a read failed, or which the replay has not come to, are moved to the
-// front; give these failed ones to the next call again. The others are cleared.
-func (o *Owner) Settle(outcomes []Settlement) (failed int) {
+// errFull: the outcome needs a mailbox row, and the commit being gathered has enough of them.
+var errFull = errors.New("the commit is full")
+
+// Settle takes what became of pushes. Those for which a read failed, which the replay has not come to, or for which the commit
+// being gathered has no room are moved to the front; give these to the next call again. The others are cleared.
+func (o *Owner) Settle(outcomes []Settlement) (left int) {
 	for i := range outcomes {
 		if err := o.settle(&outcomes[i]); err != nil {
-			if err != errNotTaken {
+			if err != errNotTaken && err != errFull {
 				o.stats.ReadErrors++
 			}
-			outcomes[failed] = outcomes[i]
-			failed++
+			outcomes[left] = outcomes[i]
+			left++
 		}
 	}
-	clear(outcomes[failed:])
-	return failed
+	clear(outcomes[left:])
+	return left
 }
 
 // Settlement is a protocol.Outcome whose strings are its own. Device is "" for the user's mailbox.
@@ -374,6 +390,8 @@ func (o *Owner) settleFlying(e *entry, out *Settlement) error {
 		switch {
 		case out.Kind == protocol.Acknowledged && d.state != delivered:
 			return o.acknowledge(e, d)
+		case out.Kind != protocol.Acknowledged && d.state == pushed && o.Full():
+			return errFull
 		case out.Kind != protocol.Acknowledged && d.state == pushed:
 			reason := MailboxRefused
 			if out.Kind == protocol.Lost {
@@ -490,6 +508,8 @@ func (o *Owner) Tick(nowMs int64) {
 			continue
 		}
 		switch {
+		case o.Full():
+			return
 		case nowMs >= e.deadlineMs:
 			o.giveUp(e, MailboxTimeout)
 		case len(o.flying) >= o.cfg.MaxInFlight && end-o.expire > uint64(o.cfg.MaxInFlight)*3/4:
@@ -508,8 +528,9 @@ func (o *Owner) giveUp(e *entry, reason MailboxReason) {
 	}
 }
 
-// Dirty reports whether Flush would return a commit.
-func (o *Owner) Dirty() bool { return len(o.nextDone.convs) > 0 }
+// Dirty reports whether Flush would return a commit. Duplicates that were dropped need one only when nothing is in flight: the
+// commit that finishes what is takes the low water mark past them, too.
+func (o *Owner) Dirty() bool { return len(o.nextDone.convs) > 0 || o.passed && len(o.flying) == 0 }
 
 // Urgent reports whether the commit being gathered holds mailbox rows, for whose notice somebody waits.
 func (o *Owner) Urgent() bool { return o.next.Urgent }
@@ -529,7 +550,7 @@ func (o *Owner) Flush(nowMs int64) *Commit {
 		done.finished = o.finish(conv, c, done.finished)
 		for _, w := range conv.windows {
 			if w.dirty {
-				w.dirty = false
+				w.dirty, w.commit = false, o.number
 				c.Windows = append(c.Windows, WindowRow{WindowKey{conv.key, w.stream}, w.done})
 			}
 		}
@@ -546,7 +567,7 @@ func (o *Owner) Flush(nowMs int64) *Commit {
 		conv.touched = false
 		conv.commits++
 	}
-	c.LowWater = o.lowWater()
+	c.LowWater, o.passed = o.lowWater(), false
 	o.waiting = append(o.waiting, done)
 	o.next, o.nextDone = &Commit{Shard: o.cfg.Shard}, inCommit{}
 	o.number++

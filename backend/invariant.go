@@ -44,11 +44,9 @@ func (o *Owner) redelivered(r *Record) {
 }
 
 // resent looks at a record whose send is in flight: every copy of a send has one id.
-func (o *Owner) resent(conv *conversation, w *window, r *Record) {
-	for _, e := range conv.queue {
-		if e.window == w && e.seq == r.Seq && e.id != r.ID {
-			o.stats.Violations[PromiseOnce]++
-		}
+func (o *Owner) resent(w *window, r *Record) {
+	if e := w.pending[r.Seq]; e != nil && e.id != r.ID {
+		o.stats.Violations[PromiseOnce]++
 	}
 }
 

@@ -1,89 +1,85 @@
 package backend
 
 import (
+	"cmp"
+	"slices"
+	"strings"
 	"sync"
 
 	"millrace/protocol"
 )
 
-// receiptsBatch is how many receipts are handed to the edge at once when a client comes back.
-const receiptsBatch = 64
-
-// pageQueue holds what the mailbox readers have to do. It needs no limit of its own: a session has at
-// most one page and one reading of receipts under way.
-type pageQueue struct {
-	mu       sync.Mutex
-	more     *sync.Cond
-	pages    []protocol.PageRequest
-	receipts []protocol.ReceiptsRequest
-	closed   bool
+// readQueue holds what the mailbox readers have to do, in the order in which it was asked for. It needs no limit of its
+// own: a session has at most one page of each kind under way.
+type readQueue struct {
+	mu     sync.Mutex
+	more   *sync.Cond
+	list   []reading
+	closed bool
 }
 
-func (q *pageQueue) init() { q.more = sync.NewCond(&q.mu) }
+// reading is one of the two.
+type reading struct {
+	page     *protocol.PageRequest
+	receipts *protocol.ReceiptsRequest
+}
 
-func (q *pageQueue) close() {
+func (q *readQueue) init() { q.more = sync.NewCond(&q.mu) }
+
+func (q *readQueue) close() {
 	q.mu.Lock()
 	q.closed = true
 	q.mu.Unlock()
 	q.more.Broadcast()
 }
 
-// ReadPage reads a page of a mailbox; the answer goes to Config.Page. It implements edge.Mailbox.
-func (s *Server) ReadPage(r protocol.PageRequest) {
-	s.pages.mu.Lock()
-	s.pages.pages = append(s.pages.pages, r)
-	s.pages.mu.Unlock()
-	s.pages.more.Signal()
+func (q *readQueue) put(r reading) {
+	q.mu.Lock()
+	q.list = append(q.list, r)
+	q.mu.Unlock()
+	q.more.Signal()
 }
 
-// ReadReceipts reads the receipts that changed at or after a time and pushes them. It implements edge.Mailbox.
-func (s *Server) ReadReceipts(r protocol.ReceiptsRequest) {
-	s.pages.mu.Lock()
-	s.pages.receipts = append(s.pages.receipts, r)
-	s.pages.mu.Unlock()
-	s.pages.more.Signal()
-}
-
-// next takes the next work; at most one of the results is set, none when the queue is closed, or empty and not to wait.
-func (q *pageQueue) next(wait bool) (page *protocol.PageRequest, receipts *protocol.ReceiptsRequest) {
+// take is false when the queue is closed, or empty and not to wait for.
+func (q *readQueue) take(wait bool) (r reading, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for wait && !q.closed && len(q.pages) == 0 && len(q.receipts) == 0 {
+	for wait && !q.closed && len(q.list) == 0 {
 		q.more.Wait()
 	}
-	switch {
-	case q.closed:
-		return nil, nil
-	case len(q.receipts) > 0:
-		r := q.receipts[0]
-		q.receipts = q.receipts[1:]
-		return nil, &r
-	case len(q.pages) > 0:
-		r := q.pages[0]
-		q.pages = q.pages[1:]
-		return &r, nil
+	if q.closed || len(q.list) == 0 {
+		return reading{}, false
 	}
-	return nil, nil
+	r = q.list[0]
+	q.list[0] = reading{}
+	q.list = q.list[1:]
+	return r, true
 }
 
+// ReadPage reads a page of a mailbox; the answer goes to Config.Page. It implements edge.Mailbox.
+func (s *Server) ReadPage(r protocol.PageRequest) { s.reads.put(reading{page: &r}) }
+
+// ReadReceipts reads a page of receipts; the answer goes to Config.ReceiptsPage. It implements edge.Mailbox.
+func (s *Server) ReadReceipts(r protocol.ReceiptsRequest) { s.reads.put(reading{receipts: &r}) }
+
 func (s *Server) readMailboxes() {
-	for s.readMailbox(true) {
+	for s.read(true) {
 	}
 }
 
 // StepMailbox does one reading that ReadPage or ReadReceipts asked for, and reports whether there was one. It is for a caller
 // that drives the Server itself instead of Start, see Step.
-func (s *Server) StepMailbox() bool { return s.readMailbox(false) }
+func (s *Server) StepMailbox() bool { return s.read(false) }
 
-func (s *Server) readMailbox(wait bool) bool {
-	page, receipts := s.pages.next(wait)
+func (s *Server) read(wait bool) bool {
+	r, ok := s.reads.take(wait)
 	switch {
-	case page != nil:
-		s.cfg.Page(s.page(page))
-	case receipts != nil:
-		s.pushReceipts(receipts)
-	default:
+	case !ok:
 		return false
+	case r.page != nil:
+		s.cfg.Page(s.page(r.page))
+	default:
+		s.cfg.ReceiptsPage(s.receiptsPage(r.receipts))
 	}
 	return true
 }
@@ -134,24 +130,50 @@ func readRows(store Store, r *protocol.PageRequest, device string, p *protocol.P
 	return nil
 }
 
-func (s *Server) pushReceipts(r *protocol.ReceiptsRequest) {
-	var batch []protocol.ReceiptPush
-	err := s.cfg.Store.ReceiptsSince(r.User, r.SinceMillis, func(row ReceiptRow) bool {
-		if row.Delivered.Position == 0 {
-			return true // acknowledged beyond a hole only
+func (s *Server) receiptsPage(r *protocol.ReceiptsRequest) protocol.ReceiptsPage {
+	p, err := ReadReceiptsPage(s.cfg.Store, r)
+	if err != nil {
+		s.cfg.Logger.Error("page of receipts not read", "error", err)
+	}
+	return p
+}
+
+// ReadReceiptsPage reads the receipts of a user that follow a cursor in the order in which they changed. The store keeps them by
+// conversation: each page looks at all that changed since, which is one page for all but those who were long
+// away and have thousands of conversations. On an error the page carries a refusal.
+func ReadReceiptsPage(store Store, r *protocol.ReceiptsRequest) (protocol.ReceiptsPage, error) {
+	p := protocol.ReceiptsPage{To: r.Session, Next: r.After, End: true}
+	var rows []ReceiptRow
+	first := func() { // keeps the first Limit rows
+		slices.SortFunc(rows, func(a, b ReceiptRow) int { return compareCursors(a.cursor(), b.cursor()) })
+		if len(rows) > r.Limit {
+			rows, p.End = rows[:r.Limit], false
 		}
-		batch = append(batch, row.push(r.Session))
-		if len(batch) == receiptsBatch {
-			s.cfg.Pusher.Receipts(batch)
-			batch = batch[:0]
+	}
+	err := store.ReceiptsSince(r.User, r.After.Millis, func(row ReceiptRow) bool {
+		if row.Delivered.Position != 0 && compareCursors(row.cursor(), r.After) > 0 { // at 0: acknowledged beyond a hole only
+			if rows = append(rows, row); len(rows) >= 2*r.Limit {
+				first()
+			}
 		}
 		return true
 	})
 	if err != nil {
-		// The client asks again from the same time when it next connects.
-		s.cfg.Logger.Error("receipts not read", "error", err)
+		p.Refusal = protocol.Refusal{Code: protocol.CodeInternal, RetryAfterMs: 1000}
+		return p, err
 	}
-	if len(batch) > 0 {
-		s.cfg.Pusher.Receipts(batch)
+	first()
+	for i := range rows {
+		p.Receipts = append(p.Receipts, rows[i].push(r.Session))
+		p.Next = rows[i].cursor()
 	}
+	return p, nil
+}
+
+func (r *ReceiptRow) cursor() protocol.ReceiptCursor {
+	return protocol.ReceiptCursor{Millis: r.ChangedMs, Conversation: r.Conversation, Addressee: r.Addressee}
+}
+
+func compareCursors(a, b protocol.ReceiptCursor) int {
+	return cmp.Or(cmp.Compare(a.Millis, b.Millis), strings.Compare(a.Conversation, b.Conversation), strings.Compare(a.Addressee, b.Addressee))
 }

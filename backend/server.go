@@ -24,16 +24,18 @@ const (
 
 // Config is what a Server is built from.
 type Config struct {
-	Queue    Queue
-	Store    Store
-	Locator  Locator
-	Pusher   Pusher
-	Answer   func(batch []protocol.Answer) // to the edges; must not block
-	Page     func(page protocol.Page)      // to the edges; must not block
-	Fenced   func(fence protocol.Fence)    // to the edges; must not block
-	Identity []byte                        // the secret, SecretBytes long
-	Now      func() time.Time
-	Logger   *slog.Logger
+	Queue   Queue
+	Store   Store
+	Locator Locator
+	Pusher  Pusher
+	Answer  func(batch []protocol.Answer) // to the edges; must not block
+	Page    func(page protocol.Page)      // to the edges; must not block
+	// ReceiptsPage is Page for receipts.
+	ReceiptsPage func(page protocol.ReceiptsPage)
+	Fenced       func(fence protocol.Fence) // to the edges; must not block
+	Identity     []byte                     // the secret, SecretBytes long
+	Now          func() time.Time
+	Logger       *slog.Logger
 	// NotBeforeMs is a time, ms since 1970, before which no receipt may be dated: at or after every receipt dated
 	// by an earlier process on the same data, whatever the clock did since.
 	NotBeforeMs int64
@@ -42,8 +44,8 @@ type Config struct {
 }
 
 func (c *Config) validate() error {
-	if c.Queue == nil || c.Store == nil || c.Locator == nil || c.Pusher == nil || c.Answer == nil || c.Page == nil || c.Fenced == nil {
-		return errors.New("backend: Queue, Store, Locator, Pusher, Answer, Page and Fenced are required")
+	if c.Queue == nil || c.Store == nil || c.Locator == nil || c.Pusher == nil || c.Answer == nil || c.Page == nil || c.ReceiptsPage == nil || c.Fenced == nil {
+		return errors.New("backend: Queue, Store, Locator, Pusher, Answer, Page, ReceiptsPage and Fenced are required")
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -62,7 +64,7 @@ type Server struct {
 	started  time.Time // with a monotonic reading
 	full     fullMailboxes
 	shards   []*shard
-	pages    pageQueue
+	reads    readQueue
 	dated    atomic.Int64  // ms since 1970: the latest date given out
 	unsound  atomic.Uint64 // refusals, see Server.refused
 	stop     chan struct{}
@@ -123,7 +125,7 @@ func NewServer(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, identity: identity, started: cfg.Now(), stop: make(chan struct{})}
-	s.pages.init()
+	s.reads.init()
 	for n := range cfg.Queue.Shards() {
 		owner, err := NewOwner(OwnerConfig{Shard: n, Reader: cfg.Store, Locator: cfg.Locator, Replay: true,
 			AcknowledgeMillis: cfg.AcknowledgeAfter.Milliseconds()})
@@ -160,7 +162,7 @@ func (s *Server) Start() {
 // restart. It waits until they stopped; the queue and the store must still be open.
 func (s *Server) Close() {
 	close(s.stop)
-	s.pages.close()
+	s.reads.close()
 	s.done.Wait()
 }
 
@@ -292,7 +294,9 @@ func (sh *shard) step() (more bool) {
 	sh.holdFences()
 	more = sh.take(now)
 	sh.owner.Tick(now)
+	full := sh.owner.Full()
 	sh.commit(now)
+	more = more || full && !sh.owner.Full() // there is room for what had to wait
 	sh.act()
 	sh.answerFences()
 	sh.publish(more)
@@ -389,7 +393,7 @@ func (sh *shard) take(now int64) (more bool) {
 		return false
 	}
 	sh.readFails = 0
-	if sh.ended {
+	if sh.ended && len(sh.records) == 0 {
 		sh.owner.CaughtUp()
 		sh.caughtUp.Store(true)
 	}

@@ -25,16 +25,17 @@ type rig struct {
 	t     *testing.T
 	hooks Hooks
 
-	edge     sync.Mutex // guards the following
-	changed  *sync.Cond
-	calls    []string
-	pushes   []protocol.Push
-	receipts []protocol.ReceiptPush
-	answers  []protocol.Answer
-	pages    []protocol.Page
-	fences   []protocol.Fence
-	logged   bytes.Buffer
-	now      time.Time
+	edge          sync.Mutex // guards the following
+	changed       *sync.Cond
+	calls         []string
+	pushes        []protocol.Push
+	receipts      []protocol.ReceiptPush
+	answers       []protocol.Answer
+	pages         []protocol.Page
+	receiptsPages []protocol.ReceiptsPage
+	fences        []protocol.Fence
+	logged        bytes.Buffer
+	now           time.Time
 }
 
 func newRig(t *testing.T, change func(c *Config)) *rig {
@@ -48,11 +49,12 @@ func newRigOn(t *testing.T, w *twin, change func(c *Config)) *rig {
 	r.changed = sync.NewCond(&r.edge)
 	w.onCommit = func() { r.told(func() {}) }
 	cfg := Config{Queue: w, Store: w, Locator: w, Pusher: r, Identity: identitySecret(),
-		Answer: func(batch []protocol.Answer) { r.told(func() { r.answers = append(r.answers, batch...) }) },
-		Page:   func(page protocol.Page) { r.told(func() { r.pages = append(r.pages, page) }) },
-		Fenced: func(f protocol.Fence) { r.told(func() { r.fences = append(r.fences, f) }) },
-		Now:    r.clock,
-		Logger: slog.New(slog.NewTextHandler(&lockedWriter{rig: r}, nil)),
+		Answer:       func(batch []protocol.Answer) { r.told(func() { r.answers = append(r.answers, batch...) }) },
+		Page:         func(page protocol.Page) { r.told(func() { r.pages = append(r.pages, page) }) },
+		ReceiptsPage: func(page protocol.ReceiptsPage) { r.told(func() { r.receiptsPages = append(r.receiptsPages, page) }) },
+		Fenced:       func(f protocol.Fence) { r.told(func() { r.fences = append(r.fences, f) }) },
+		Now:          r.clock,
+		Logger:       slog.New(slog.NewTextHandler(&lockedWriter{rig: r}, nil)),
 	}
 	if change != nil {
 		change(&cfg)
@@ -630,24 +632,62 @@ func TestReadMailboxPage(t *testing.T) {
 	}
 }
 
-// TestServerMailbox: pages and receipts are read by the Server's readers; a page that cannot be read says when to ask again.
+// TestReadReceiptsPage: receipts come in the order in which they changed, whatever the order of the store, each once.
+func TestReadReceiptsPage(t *testing.T) {
+	w := newTwin()
+	put := func(n int, ms int64, position uint64) {
+		k := ReceiptKey{"alice", fmt.Sprintf("c%03d", n), "bob"}
+		w.receipts[k] = ReceiptRow{ReceiptKey: k, Delivered: Mark{Position: position}, ChangedMs: ms}
+	}
+	const rows = 500
+	for n := range rows {
+		put(n, 100+int64(n*7919%97), uint64(n+1)) // many at one time
+	}
+	put(900, 99, 1)  // older
+	put(901, 150, 0) // nothing but acknowledgements beyond a hole
+	for _, limit := range []int{1, 3, 64, rows, rows + 1} {
+		seen := map[uint64]bool{}
+		last := protocol.ReceiptCursor{Millis: 100}
+		for after := last; ; after = last {
+			p, err := ReadReceiptsPage(w, &protocol.ReceiptsRequest{User: "alice", After: after, Limit: limit})
+			if err != nil || len(p.Receipts) > limit {
+				t.Fatalf("%d receipts, %v", len(p.Receipts), err)
+			}
+			for _, r := range p.Receipts {
+				if r.Millis < last.Millis || seen[r.Position] {
+					t.Fatalf("limit %d: position %d of %d ms comes after %d ms, seen %v", limit, r.Position, r.Millis, last.Millis, seen[r.Position])
+				}
+				seen[r.Position], last.Millis = true, r.Millis
+			}
+			if last = p.Next; p.End {
+				break
+			}
+			if len(p.Receipts) != limit {
+				t.Fatalf("a page of %d is not the last", len(p.Receipts))
+			}
+		}
+		if len(seen) != rows {
+			t.Fatalf("limit %d: %d of %d receipts", limit, len(seen), rows)
+		}
+	}
+}
+
+// TestServerMailbox: pages are read by the Server's readers; one that cannot be read says when to ask again.
 func TestServerMailbox(t *testing.T) {
 	r := newRig(t, nil)
 	session := r.bind("alice", "phone", false)
-	for n := range uint64(receiptsBatch + 3) {
-		k := ReceiptKey{"alice", fmt.Sprint("c", n), fmt.Sprint("u", n)}
-		r.twin.receipts[k] = ReceiptRow{ReceiptKey: k, Delivered: Mark{Position: n + 1}, ChangedMs: 100}
-	}
-	beyond := ReceiptKey{"alice", "x", "x"} // nothing but acknowledgements beyond a hole
-	r.twin.receipts[beyond] = ReceiptRow{ReceiptKey: beyond, Top: Mark{Position: 9}, ChangedMs: 100}
-	old := ReceiptKey{"alice", "y", "y"}
-	r.twin.receipts[old] = ReceiptRow{ReceiptKey: old, Delivered: Mark{Position: 9}, ChangedMs: 99}
+	k := ReceiptKey{"alice", "c", "u"}
+	r.twin.receipts[k] = ReceiptRow{ReceiptKey: k, Delivered: Mark{Position: 5}, ChangedMs: 100}
 	r.mailboxes[mailboxName{"alice", "phone"}] = []*Record{{Message: protocol.Message{Position: 7, Receiver: "alice"}}}
 
 	r.Start()
 	defer r.Close()
-	r.ReadReceipts(protocol.ReceiptsRequest{Session: session, User: "alice", SinceMillis: 100})
-	r.await("receipts", func() bool { return len(r.receipts) == receiptsBatch+3 })
+	receipts := protocol.ReceiptsRequest{Session: session, User: "alice", After: protocol.ReceiptCursor{Millis: 100}, Limit: 10}
+	r.ReadReceipts(receipts)
+	r.await("receipts", func() bool { return len(r.receiptsPages) == 1 })
+	if p := r.receiptsPages[0]; len(p.Receipts) != 1 || !p.End || p.Receipts[0].To != session || p.Receipts[0].Position != 5 {
+		t.Errorf("page of receipts %+v", p)
+	}
 	r.ReadPage(protocol.PageRequest{Session: session, User: "alice", Device: "phone", Limit: 10})
 	r.await("a page", func() bool { return len(r.pages) == 1 })
 	if p := r.pages[0]; len(p.Rows) != 1 || !p.End || p.Code != protocol.OK {
@@ -660,13 +700,13 @@ func TestServerMailbox(t *testing.T) {
 		t.Errorf("page that cannot be read: %+v", p)
 	}
 	r.fail("receipts", true)
-	r.ReadReceipts(protocol.ReceiptsRequest{Session: session, User: "alice", SinceMillis: 100})
-	r.await("a line in the log", func() bool { return strings.Contains(r.logged.String(), "receipts not read") })
-	if got := r.lines("mailbox page not read"); got != 1 {
-		t.Errorf("logged %d times that a page was not read", got)
+	r.ReadReceipts(receipts)
+	r.await("a failed page of receipts", func() bool { return len(r.receiptsPages) == 2 })
+	if p := r.receiptsPages[1]; len(p.Receipts) != 0 || p.Code != protocol.CodeInternal || p.RetryAfterMs == 0 {
+		t.Errorf("page of receipts that cannot be read: %+v", p)
 	}
-	if len(r.receipts) != receiptsBatch+3 {
-		t.Errorf("%d receipts", len(r.receipts))
+	if r.lines("mailbox page not read") != 1 || r.lines("page of receipts not read") != 1 {
+		t.Errorf("log: %s", r.logged.String())
 	}
 }
 
@@ -764,14 +804,15 @@ func TestServerMetrics(t *testing.T) {
 func TestConfigValidate(t *testing.T) {
 	w := newTwin()
 	whole := Config{Queue: w, Store: w, Locator: w, Pusher: &rig{}, Identity: identitySecret(), Answer: func([]protocol.Answer) {},
-		Page: func(protocol.Page) {}, Fenced: func(protocol.Fence) {}}
+		Page: func(protocol.Page) {}, ReceiptsPage: func(protocol.ReceiptsPage) {}, Fenced: func(protocol.Fence) {}}
 	if _, err := NewServer(whole); err != nil {
 		t.Fatal(err)
 	}
 	for name, change := range map[string]func(c *Config){
 		"Queue": func(c *Config) { c.Queue = nil }, "Store": func(c *Config) { c.Store = nil }, "Locator": func(c *Config) { c.Locator = nil },
 		"Pusher": func(c *Config) { c.Pusher = nil }, "Answer": func(c *Config) { c.Answer = nil }, "Page": func(c *Config) { c.Page = nil },
-		"Fenced": func(c *Config) { c.Fenced = nil }, "Identity": func(c *Config) { c.Identity = nil },
+		"ReceiptsPage": func(c *Config) { c.ReceiptsPage = nil },
+		"Fenced":       func(c *Config) { c.Fenced = nil }, "Identity": func(c *Config) { c.Identity = nil },
 	} {
 		broken := whole
 		change(&broken)

@@ -21,7 +21,8 @@ import (
 // A message is written alice>bob#3@30: the third number of alice's block 0, at position 30; #2/3 is of block 2.
 // A session is bob/phone:4, the fourth that was bound. Numbers and positions may be given as 3..6 and 30..60. The commands:
 //
-//	owner [acknowledge-ms=10000] [in-flight=N] [idle=N]   a new owner with limits; the first one need not be asked for
+//	owner [acknowledge-ms=10000] [in-flight=N] [idle=N] [rows=N]
+//	                                                      a new owner with limits; the first one need not be asked for
 //	register USER DEVICE…                                 device rows become durable
 //	bind USER DEVICE [draining] / unbind USER DEVICE      the route table
 //	take FROM TO NUMBER… [at=N] [device=phone] [epoch=1] [resend] [read-back] [id=N]
@@ -91,7 +92,7 @@ func (p *play) command(t *testing.T, d *datadriven.TestData) {
 	switch d.Cmd {
 	case "owner":
 		p.start(OwnerConfig{AcknowledgeMillis: int64(option("acknowledge-ms", 0)), MaxInFlight: option("in-flight", 0),
-			MaxIdleConversations: option("idle", 0)})
+			MaxIdleConversations: option("idle", 0), MaxCommitRows: option("rows", 0)})
 	case "register":
 		for _, device := range words[1:] {
 			p.Register(Stream{words[0], device, 1}, func(_ uint32, heir bool, _ protocol.Refusal) {

@@ -101,8 +101,8 @@ type work struct {
 	upActive bool // up was started
 	full     FullReceivers
 
-	receiptsAfter int64 // of connect, until registered
-	receipts      []protocol.ReceiptPush
+	receipts []protocol.ReceiptPush
+	replay   receiptReplay
 
 	buffered int // in the socket, at the last sweep
 	written  int // to the socket, since then
@@ -132,7 +132,7 @@ func (l *loop) uplink(c *conn) *Uplink {
 // relax gives the work back when nothing in it is needed.
 func (l *loop) relax(c *conn) {
 	w := c.work
-	if w == nil || c.state != stateConnect && c.state != stateOpen || w.reader.pending() || len(w.receipts) > 0 || c.has(flagBacklog) ||
+	if w == nil || c.state != stateConnect && c.state != stateOpen || w.reader.pending() || len(w.receipts) > 0 || w.replay.active || c.has(flagBacklog) ||
 		w.written > 0 || w.upActive && !w.up.Idle(l.nowMs) || !w.full.Empty() {
 		return
 	}
@@ -244,7 +244,7 @@ func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint6
 	c.epoch = epoch
 	c.state = stateRegistering
 	c.flags |= flagAsked
-	l.borrow(c).receiptsAfter = receiptsAfter
+	l.borrow(c).replay.start(max(0, receiptsAfter-protocol.ReceiptsSlackMillis)) // read once the session is open
 	l.server.cfg.Registrar.Register(protocol.Registration{
 		Session: l.session(c),
 		User:    claims.User,
@@ -310,13 +310,8 @@ func (l *loop) connected(c *conn, r *protocol.Registered) {
 		l.leave(c, protocol.CloseRestart, l.goAwayMs())
 		return
 	}
-	since := max(0, l.borrow(c).receiptsAfter-protocol.ReceiptsSlackMillis)
 	l.act(c, c.down.Start(r.Heir))
-	l.server.cfg.Mailbox.ReadReceipts(protocol.ReceiptsRequest{
-		Session:     l.session(c),
-		User:        string(user),
-		SinceMillis: since,
-	})
+	l.readReceipts(c)
 }
 
 // renew takes a new token for a session that goes on. A token that is not accepted ends nothing: the old one still holds.

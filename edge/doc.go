@@ -12,7 +12,8 @@
 //	conn.go              what a connection may do when
 //	uplink.go            sends go to the Publisher, answers come back; uplink_state.go decides
 //	inbox.go             how other goroutines reach a loop
-//	downlink.go          messages and receipts go out, acknowledgements come back; downlink_state.go decides
+//	downlink.go          messages go out, acknowledgements come back; downlink_state.go decides
+//	receipts.go          receipts go out
 //	sweep.go             everything that is due by time
 //	slab.go              where connections live
 //	metrics.go           what is counted

@@ -7,7 +7,7 @@ import (
 	"millrace/protocol"
 )
 
-// This file brings messages and receipts out to connections and acknowledgements back. downlink_state.go decides.
+// This file brings messages out to connections and acknowledgements back. downlink_state.go decides.
 
 const (
 	outSoftBytes = 64 << 10  // outbound of a connection: beyond it messages wait in the mailbox
@@ -16,10 +16,6 @@ const (
 	messageBytes = 2*protocol.MaxUserBytes + 192
 	// sealBytes ends a binary WebSocket message that holds many frames. With the largest frame behind it, it is under 64 KiB.
 	sealBytes = 32 << 10
-	// receiptDelayTicks is how long a receipt waits for another frame to the same connection.
-	receiptDelayTicks = 2
-	// maxWaitingReceipts is how many receipts wait for a slow reader. The client asks for the rest when it connects again.
-	maxWaitingReceipts = 4096
 	// settleBatch is how many outcomes are settled at once at most.
 	settleBatch = 1024
 )
@@ -261,7 +257,8 @@ func (l *loop) act(c *conn, e Effects) {
 // acknowledge takes messages out of flight and tells their owners.
 func (l *loop) acknowledge(c *conn, f *protocol.Frame) {
 	for _, id := range f.IDs {
-		p, ok, effects := c.down.Acknowledge(id, l.room(c, messageBytes), l.fence, l.fenced)
+		// A page is read when half of the budget is free: not for every message that leaves.
+		p, ok, effects := c.down.Acknowledge(id, l.room(c, outSoftBytes/2), l.fence, l.fenced)
 		if !ok {
 			l.m.ignoredAcks++
 			continue
@@ -306,103 +303,6 @@ func (l *loop) requestFence() {
 		l.fence++
 		l.server.cfg.Acknowledger.Fence(protocol.Fence{Edge: l.server.cfg.EdgeID, Loop: l.index, Number: l.fence - 1})
 	}
-}
-
-// receipt queues a receipt. It waits for company, see receiptDelayTicks.
-func (l *loop) receipt(r *protocol.ReceiptPush) {
-	c := l.slots.find(r.To.Conn)
-	if c == nil || c.state != stateOpen || c.has(flagLeaving) {
-		return
-	}
-	if _, device := l.names.get(c.names); r.Epoch != c.epoch || string(device) != r.Device {
-		r.Seq = 0 // another stream sent it: its number means nothing here
-	}
-	w := l.borrow(c)
-	if len(w.receipts) >= maxWaitingReceipts {
-		l.m.drops[dropReceipts]++
-		return
-	}
-	w.receipts = append(w.receipts, *r)
-	if len(w.receipts) == protocol.MaxReceiptsPerFrame {
-		l.output(c) // a full frame has no reason to wait
-	}
-	l.waitReceipts(c)
-}
-
-// dueReceipts is a connection whose receipts were to wait until due.
-type dueReceipts struct {
-	conn uint64
-	due  uint32
-}
-
-func (l *loop) waitReceipts(c *conn) {
-	if !c.has(flagReceipts) {
-		c.flags |= flagReceipts
-		l.receiptsDue = append(l.receiptsDue, dueReceipts{l.session(c).Conn, l.tick + receiptDelayTicks - 1})
-	}
-}
-
-// flushReceipts sends the receipts that have waited long enough. All wait equally long: the list is in the order of due.
-func (l *loop) flushReceipts() {
-	n := 0
-	for n < len(l.receiptsDue) && l.receiptsDue[n].due <= l.tick {
-		if c := l.slots.find(l.receiptsDue[n].conn); c != nil && c.state == stateOpen && c.has(flagReceipts) {
-			c.flags &^= flagReceipts
-			if c.work != nil && len(c.work.receipts) > 0 {
-				l.output(c)
-			}
-		}
-		n++
-	}
-	l.receiptsDue = append(l.receiptsDue[:0], l.receiptsDue[n:]...)
-}
-
-// emitReceipts adds the receipts that wait for c to what is sent anyway.
-func (l *loop) emitReceipts(c *conn) {
-	w := c.work
-	if w == nil || len(w.receipts) == 0 || c.state != stateOpen {
-		return
-	}
-	sent := 0
-	for sent < len(w.receipts) {
-		batch := w.receipts[sent:min(len(w.receipts), sent+l.receiptsPerFrame(c))]
-		if !l.room(c, len(batch)*messageBytes) {
-			break
-		}
-		l.emitReceiptFrame(c, batch)
-		sent += len(batch)
-	}
-	rest := copy(w.receipts, w.receipts[sent:])
-	clear(w.receipts[rest:])
-	w.receipts = w.receipts[:rest]
-	if rest > 0 {
-		l.waitReceipts(c)
-	}
-}
-
-func (l *loop) receiptsPerFrame(c *conn) int {
-	if c.text() {
-		return 1
-	}
-	return protocol.MaxReceiptsPerFrame
-}
-
-func (l *loop) emitReceiptFrame(c *conn, batch []protocol.ReceiptPush) {
-	f := &l.reply
-	f.Reset()
-	f.Kind = protocol.KindReceipt
-	// Grown first: the receipts point into scratch.
-	l.scratch = append(l.scratch[:0], make([]byte, len(batch)*protocol.MaxUserBytes)...)[:0]
-	for i := range batch {
-		r := &batch[i]
-		at := len(l.scratch)
-		l.scratch = append(l.scratch, r.Receiver...)
-		f.Receipts = append(f.Receipts, protocol.Receipt{
-			ID: r.ID, Position: r.Position, Seq: r.Seq, Timestamp: r.Millis, Receiver: l.scratch[at:],
-		})
-	}
-	l.m.receipts += uint64(len(batch))
-	l.emit(c, f)
 }
 
 // flush writes what was queued in this turn: one write per connection.

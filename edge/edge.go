@@ -25,7 +25,7 @@ type Acknowledger interface {
 type Mailbox interface {
 	// ReadPage is answered by exactly one Server.Page.
 	ReadPage(r protocol.PageRequest)
-	// ReadReceipts is answered by any number of Server.Receipts.
+	// ReadReceipts is answered by exactly one Server.ReceiptsPage.
 	ReadReceipts(r protocol.ReceiptsRequest)
 }
 

@@ -133,14 +133,12 @@ func (b *stubBackend) ReadPage(r protocol.PageRequest) {
 func (b *stubBackend) ReadReceipts(r protocol.ReceiptsRequest) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.since = append(b.since, r.SinceMillis)
+	b.since = append(b.since, r.After.Millis)
 	list := append([]protocol.ReceiptPush(nil), b.receipts...)
 	for i := range list {
 		list[i].To = r.Session
 	}
-	if len(list) > 0 {
-		go b.server.Receipts(list)
-	}
+	go b.server.ReceiptsPage(protocol.ReceiptsPage{To: r.Session, Receipts: list, Next: r.After, End: true})
 }
 
 func (b *stubBackend) Register(r protocol.Registration) {

@@ -7,8 +7,8 @@ import (
 )
 
 const (
-	// inboxBytes bounds what waits for a loop: beyond it pushes and pages are refused and receipts dropped. Notices and refusals
-	// are one a session, and answers are bounded by the sends: those are always taken.
+	// inboxBytes bounds what waits for a loop: beyond it pushes and pages are refused, and receipts are missed. Notices, refusals and
+	// what was missed are one a session, and answers are bounded by the sends: those are always taken.
 	inboxBytes = 16 << 20
 	// inboxKeep is the capacity, in entries, that an emptied list keeps.
 	inboxKeep = 8192
@@ -38,12 +38,23 @@ type inboxBatch struct {
 	refused    []protocol.Session // a push was over the budget: what follows it must not overtake
 	notices    []protocol.Session
 	receipts   []protocol.ReceiptPush
+	missed     []missedReceipts
 	pages      []protocol.Page
 	registered []protocol.Registered
 	replaced   []protocol.Session
 	fences     []protocol.Fence
 
-	inRefused, inNotices map[uint64]struct{} // by Session.Conn: one entry is enough
+	receiptsPages []protocol.ReceiptsPage
+
+	// By Session.Conn: one entry is enough.
+	inRefused, inNotices map[uint64]struct{}
+	inMissed             map[uint64]int // places in missed
+}
+
+// missedReceipts says that receipts of a session were over the budget.
+type missedReceipts struct {
+	to    protocol.Session
+	since int64 // date of the earliest
 }
 
 // inboxDrops counts what was over the budget since the start.
@@ -59,7 +70,9 @@ const (
 	inboxRefused
 	inboxNotice
 	inboxReceipt
+	inboxMissed
 	inboxPage
+	inboxReceiptsPage
 	inboxRegistered
 	inboxReplaced
 	inboxFence
@@ -161,24 +174,48 @@ func (in *inbox) putPage(p protocol.Page) (wake, ok bool) {
 	})
 }
 
-// putReceipts drops what is over the budget. A receipt is state: a later one of the same conversation covers it, and
-// the client asks for all that changed when it connects again.
+// putReceipts keeps of what is over the budget only since when each session must read its receipts again.
 func (in *inbox) putReceipts(list []protocol.ReceiptPush) (wake, ok bool) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.closed {
-		return false, false
+	return in.put(func(b *inboxBatch) {
+		taken := max(0, min(len(list), (inboxBytes-in.bytes)/receiptBytes))
+		if taken > 0 {
+			in.bytes += taken * receiptBytes
+			b.receipts = append(b.receipts, list[:taken]...)
+			b.note(inboxReceipt, taken)
+		}
+		in.drops.receipts += uint64(len(list) - taken)
+		for i := taken; i < len(list); i++ {
+			b.miss(&list[i])
+		}
+	})
+}
+
+func (b *inboxBatch) miss(r *protocol.ReceiptPush) {
+	if at, found := b.inMissed[r.To.Conn]; found {
+		b.missed[at].since = min(b.missed[at].since, r.Millis)
+		return
 	}
-	taken := max(0, min(len(list), (inboxBytes-in.bytes)/receiptBytes))
-	in.drops.receipts += uint64(len(list) - taken)
-	if taken == 0 {
-		return false, true
+	if b.inMissed == nil {
+		b.inMissed = make(map[uint64]int)
 	}
-	wake = len(in.filling.runs) == 0
-	in.bytes += taken * receiptBytes
-	in.filling.receipts = append(in.filling.receipts, list[:taken]...)
-	in.filling.note(inboxReceipt, taken)
-	return wake, true
+	b.inMissed[r.To.Conn] = len(b.missed)
+	b.missed = append(b.missed, missedReceipts{r.To, r.Millis})
+	b.note(inboxMissed, 1)
+}
+
+// putReceiptsPage takes a page of receipts. One over the budget becomes a refusal, upon which the sweep asks again.
+func (in *inbox) putReceiptsPage(p protocol.ReceiptsPage) (wake, ok bool) {
+	return in.put(func(b *inboxBatch) {
+		if n := len(p.Receipts) * receiptBytes; in.bytes+n > inboxBytes {
+			in.drops.pages++
+			p.Receipts = nil
+			p.Refusal = protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 1000}
+		} else {
+			in.bytes += n
+		}
+		b.receiptsPages = append(b.receiptsPages, p)
+		b.note(inboxReceiptsPage, 1)
+	})
 }
 
 // take hands everything to the loop; the batch is valid until done.
@@ -215,12 +252,15 @@ func (b *inboxBatch) clear() {
 	b.refused = emptied(b.refused)
 	b.notices = emptied(b.notices)
 	b.receipts = emptied(b.receipts)
+	b.missed = emptied(b.missed)
 	b.pages = emptied(b.pages)
+	b.receiptsPages = emptied(b.receiptsPages)
 	b.registered = emptied(b.registered)
 	b.replaced = emptied(b.replaced)
 	b.fences = emptied(b.fences)
 	b.inRefused = emptiedSet(b.inRefused)
 	b.inNotices = emptiedSet(b.inNotices)
+	b.inMissed = emptiedSet(b.inMissed)
 }
 
 // emptied clears what was used, so that nothing is kept alive, and keeps a bounded capacity.
@@ -232,7 +272,7 @@ func emptied[T any](list []T) []T {
 	return list[:0]
 }
 
-func emptiedSet(set map[uint64]struct{}) map[uint64]struct{} {
+func emptiedSet[V any](set map[uint64]V) map[uint64]V {
 	if len(set) > inboxKeep {
 		return nil
 	}

@@ -429,8 +429,8 @@ func (l *loop) drainInbox() {
 
 // inboxCursor is how far a batch was handled.
 type inboxCursor struct {
-	run, n                                                                           int
-	answers, pushes, refused, notices, receipts, pages, registered, replaced, fences int
+	run, n                                                                                                  int
+	answers, pushes, refused, notices, receipts, pages, receiptsPages, missed, registered, replaced, fences int
 }
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
@@ -472,6 +472,16 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 				k.pages++
 				l.serving = p.To.Conn
 				l.page(p)
+			case inboxReceiptsPage:
+				p := &b.receiptsPages[k.receiptsPages]
+				k.receiptsPages++
+				l.serving = p.To.Conn
+				l.receiptsPage(p)
+			case inboxMissed:
+				m := &b.missed[k.missed]
+				k.missed++
+				l.serving = m.to.Conn
+				l.missedReceipts(m)
 			case inboxRegistered:
 				rg := &b.registered[k.registered]
 				k.registered++

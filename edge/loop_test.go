@@ -28,7 +28,8 @@ type bench struct {
 	settled []outcome
 	fences  []protocol.Fence
 	pages   []protocol.PageRequest
-	since   []int64
+	replays []protocol.ReceiptsRequest
+	stored  []protocol.ReceiptPush // what replays read, by Millis
 	asked   []protocol.Registration
 	states  []string
 	gone    []string
@@ -67,7 +68,7 @@ func (b *bench) Settle(batch []protocol.Outcome) {
 
 func (b *bench) Fence(f protocol.Fence)                  { b.fences = append(b.fences, f) }
 func (b *bench) ReadPage(r protocol.PageRequest)         { b.pages = append(b.pages, r) }
-func (b *bench) ReadReceipts(r protocol.ReceiptsRequest) { b.since = append(b.since, r.SinceMillis) }
+func (b *bench) ReadReceipts(r protocol.ReceiptsRequest) { b.replays = append(b.replays, r) }
 func (b *bench) Register(r protocol.Registration)        { b.asked = append(b.asked, r) }
 func (b *bench) SetState(u, d []byte, s protocol.Session, live bool) {
 	b.states = append(b.states, fmt.Sprintf("%s/%s %d %v", u, d, s.Generation, live))
@@ -181,9 +182,34 @@ func (b *bench) open(subprotocol, user, device string) *fakeSocket {
 	return s
 }
 
-// live ends the drain of a connection with an empty page.
+// answerReplays answers the requests for receipts from stored.
+func (b *bench) answerReplays() {
+	for len(b.replays) > 0 {
+		r := b.replays[0]
+		b.replays = b.replays[1:]
+		p := protocol.ReceiptsPage{To: r.Session, Next: r.After, End: true}
+		for _, row := range b.stored {
+			at := protocol.ReceiptCursor{Millis: row.Millis, Addressee: row.Receiver}
+			if at.Millis < r.After.Millis || at.Millis == r.After.Millis && at.Addressee <= r.After.Addressee {
+				continue
+			}
+			if len(p.Receipts) == r.Limit {
+				p.End = false
+				break
+			}
+			row.To = r.Session
+			p.Receipts = append(p.Receipts, row)
+			p.Next = at
+		}
+		b.s.ReceiptsPage(p)
+		b.l.drainInbox()
+	}
+}
+
+// live ends the drain of a connection with an empty page, and the replay of receipts.
 func (b *bench) live(s *fakeSocket) protocol.Session {
 	b.t.Helper()
+	b.answerReplays()
 	for !s.conn.down.Live() {
 		r := b.pages[len(b.pages)-1]
 		b.s.Page(protocol.Page{To: b.l.session(s.conn), After: r.After, End: true})
@@ -192,11 +218,12 @@ func (b *bench) live(s *fakeSocket) protocol.Session {
 	return b.l.session(s.conn)
 }
 
-// pass lets time go by, with sweeps; fences are answered.
+// pass lets time go by, with sweeps; fences and replays of receipts are answered.
 func (b *bench) pass(d time.Duration) {
 	for ; d > 0; d -= 100 * time.Millisecond {
 		b.now = b.now.Add(100 * time.Millisecond)
 		b.l.sweep()
+		b.answerReplays()
 		if len(b.fences) > 0 {
 			for _, f := range b.fences {
 				b.s.Fenced(f)
@@ -351,8 +378,8 @@ func TestConnStates(t *testing.T) {
 			b.s.Registered(protocol.Registered{To: b.asked[0].Session, Block: 4, Heir: true})
 			b.l.drainInbox()
 			s.wants(fmt.Sprintf("connected %d", protocol.FirstSeq(4)))
-			if len(b.pages) != 1 || !b.pages[0].Heir || b.pages[0].Limit < 1 || b.since[0] != 40_000 {
-				t.Fatalf("pages %+v, receipts since %v", b.pages, b.since)
+			if len(b.pages) != 1 || !b.pages[0].Heir || b.pages[0].Limit < 1 || b.replays[0].After.Millis != 40_000 {
+				t.Fatalf("pages %+v, receipts %v", b.pages, b.replays)
 			}
 			s.frame(&protocol.Frame{Kind: protocol.KindConnect, Token: []byte("alice")})
 			s.wants("error already_connected")
@@ -916,34 +943,107 @@ func TestReceipts(t *testing.T) {
 		if got := strings.Count(s.read(), "receipt"); got != protocol.MaxReceiptsPerFrame {
 			t.Fatalf("%d receipts", got)
 		}
-		// A slow reader gets them when there is room, without being closed.
+	})
+}
+
+// TestReceiptsToASlowReader: it gets all of them when there is room, without being closed; what waits here is bounded, and
+// the rest is read from the store in the order in which it changed.
+func TestReceiptsToASlowReader(t *testing.T) {
+	both(t, func(t *testing.T, sub string) {
+		b := newBench(t, nil)
+		s := b.open(sub, "alice", "phone")
+		session := b.live(s)
 		s.stalled = true
-		const many = 2000
+		const many = 5000
+		change := func(n int) protocol.ReceiptPush {
+			r := protocol.ReceiptPush{To: session, ID: testID(uint64(n)), Position: uint64(n), Receiver: fmt.Sprintf("u%d", n), Millis: int64(n)}
+			b.stored = append(b.stored, r)
+			b.s.Receipts([]protocol.ReceiptPush{r})
+			return r
+		}
 		for n := range many {
-			b.s.Receipts(receipt(n+1, s.conn.epoch))
+			change(n + 1)
 		}
 		b.l.drainInbox()
-		got := 0
-		for range 100 {
-			got += strings.Count(s.read(), "receipt")
+		if b.l.m.drops[dropReceipts] == 0 {
+			t.Fatal("nothing is missed: the test is too small")
+		}
+		got, last := map[string]bool{}, 0
+		take := func() {
+			for _, line := range strings.Split(strings.ReplaceAll(s.read(), "; ", " + "), " + ") {
+				var receiver string
+				var position, seq int
+				if n, _ := fmt.Sscanf(line, "receipt %s %d %d", &receiver, &position, &seq); n != 3 {
+					continue
+				}
+				if position < last && !got[receiver] {
+					t.Fatalf("%s came after the one of %d ms for the first time", receiver, last)
+				}
+				got[receiver], last = true, max(last, position)
+			}
+		}
+		for n := 0; len(got) < many+20 && n < 1000; n++ {
+			if n < 20 {
+				change(many + 1 + n) // while a replay is under way
+				b.l.drainInbox()
+			}
+			if w := s.conn.work; w != nil && len(w.receipts) > maxWaitingReceipts+receiptsPageRows {
+				t.Fatalf("%d wait", len(w.receipts))
+			}
+			take()
 			if s.buffered > outSoftBytes {
 				t.Fatalf("%d bytes buffered", s.buffered)
 			}
 			s.buffered = 0
 			b.pass(200 * time.Millisecond)
 		}
-		if got != many || s.closed {
-			t.Fatalf("%d receipts came, closed %v", got, s.closed)
+		if len(got) != many+20 || s.closed {
+			t.Fatalf("%d receipts came, closed %v", len(got), s.closed)
 		}
-		// What waits is bounded.
-		for n := range 2 * maxWaitingReceipts {
-			b.s.Receipts(receipt(n+1, s.conn.epoch))
-		}
-		b.l.drainInbox()
-		if n := len(s.conn.work.receipts); n > maxWaitingReceipts || b.l.m.drops[dropReceipts] == 0 {
-			t.Fatalf("%d wait, %d dropped", n, b.l.m.drops[dropReceipts])
+		s.stalled = false
+		b.pass(3 * time.Second)
+		if s.conn.work != nil {
+			t.Fatalf("kept: %+v", s.conn.work.replay)
 		}
 	})
+}
+
+// TestReceiptsMissedOnTheWay: what the inbox has no room for is read from the store, and so is what came while that was read.
+func TestReceiptsMissedOnTheWay(t *testing.T) {
+	b := newBench(t, nil)
+	s := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	session := b.live(s)
+	receipt := func(n int) protocol.ReceiptPush {
+		return protocol.ReceiptPush{To: session, Position: uint64(n), Receiver: fmt.Sprintf("u%d", n), Millis: int64(n)}
+	}
+	b.stored = []protocol.ReceiptPush{receipt(1), receipt(2), receipt(3)}
+	b.l.inbox.bytes = inboxBytes
+	b.s.Receipts([]protocol.ReceiptPush{receipt(3), receipt(2), receipt(2)})
+	if f := &b.l.inbox.filling; len(f.missed) != 1 || f.missed[0].since != 2 {
+		t.Fatalf("%+v", f.missed)
+	}
+	b.l.drainInbox()
+	if len(b.replays) != 1 || b.replays[0].After.Millis != 2 {
+		t.Fatalf("%+v", b.replays)
+	}
+	b.stored[0].Millis = 4 // changes again, and its page was read before
+	late := b.replays[0]
+	b.replays = nil
+	b.s.Receipts([]protocol.ReceiptPush{b.stored[0]})
+	b.s.ReceiptsPage(protocol.ReceiptsPage{To: session, Receipts: []protocol.ReceiptPush{receipt(2), receipt(3)}, Next: late.After, End: true})
+	b.l.drainInbox()
+	if len(b.replays) != 1 || b.replays[0].After.Millis != 4 {
+		t.Fatalf("%+v", b.replays)
+	}
+	// One that could not be read is asked for again.
+	b.s.ReceiptsPage(protocol.ReceiptsPage{To: session, Refusal: protocol.Refusal{Code: protocol.CodeInternal, RetryAfterMs: 1}})
+	b.replays = nil
+	b.l.drainInbox()
+	b.stored = b.stored[:1]
+	b.pass(2 * time.Second)
+	if got := strings.ReplaceAll(s.read(), "; ", " + "); got != "receipt u2 2 0 + receipt u3 3 0 + receipt u1 1 0" || s.conn.work != nil {
+		t.Fatalf("%s; %+v", got, s.conn.work)
+	}
 }
 
 func TestDeadlines(t *testing.T) {

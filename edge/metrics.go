@@ -113,8 +113,8 @@ const (
 	dropAnswerGone                      // answer: no such connection
 	dropAnswerUnknown                   // answer: no such send
 	dropPageFailed                      // page: could not be read
-	dropReceipts                        // receipt: too many wait for this connection
-	dropReceiptInbox                    // receipt: the inbox of the loop is full
+	dropReceipts                        // receipt: too many wait for this connection; read again later
+	dropReceiptInbox                    // receipt: the inbox of the loop is full; read again later
 	dropPageInbox                       // page: the inbox of the loop is full; it is asked for again
 	dropOutput                          // everything: over the hard outbound limit
 	dropBadFrame                        // error frame: one message held too many malformed frames

@@ -246,8 +246,7 @@ func (s *Server) Notify(batch []protocol.Session) {
 		func(l *loop, part []protocol.Session) (bool, bool) { return l.inbox.putNotices(part) })
 }
 
-// Receipts brings receipts, live ones and those that Mailbox.ReadReceipts asked for. It drops them when the inbox of a loop is
-// full.
+// Receipts brings live receipts. When the inbox of a loop is full they are read from the store later.
 func (s *Server) Receipts(batch []protocol.ReceiptPush) {
 	deliver(s, batch,
 		func(r *protocol.ReceiptPush) protocol.Session { return r.To },
@@ -257,6 +256,11 @@ func (s *Server) Receipts(batch []protocol.ReceiptPush) {
 // Page brings the answer to Mailbox.ReadPage.
 func (s *Server) Page(p protocol.Page) {
 	s.deliverOne(p.To, func(l *loop) (bool, bool) { return l.inbox.putPage(p) })
+}
+
+// ReceiptsPage brings the answer to Mailbox.ReadReceipts.
+func (s *Server) ReceiptsPage(p protocol.ReceiptsPage) {
+	s.deliverOne(p.To, func(l *loop) (bool, bool) { return l.inbox.putReceiptsPage(p) })
 }
 
 // Registered brings the answer to Registrar.Register.

@@ -115,6 +115,7 @@ func (l *loop) sweepOpen(c *conn) {
 	l.sweepFrame(c)
 	l.sweepToken(c)
 	l.sweepOutput(c)
+	l.readReceipts(c)
 	l.relax(c)
 }
 

@@ -158,12 +158,29 @@ type Page struct {
 	Refusal
 }
 
-// ReceiptsRequest asks for the receipts of a user that changed at or after a time, as ReceiptPush
-// to the session.
+// ReceiptCursor is a place among the receipts of a user's messages, which are read in the order in which they changed.
+// {Millis: ms} is before everything that changed at ms.
+type ReceiptCursor struct {
+	Millis       int64
+	Conversation string
+	Addressee    string
+}
+
+// ReceiptsRequest asks for the receipts of a user's messages that follow a cursor.
 type ReceiptsRequest struct {
-	Session     Session
-	User        string
-	SinceMillis int64
+	Session Session
+	User    string
+	After   ReceiptCursor
+	Limit   int
+}
+
+// ReceiptsPage answers a ReceiptsRequest. Receipts are in cursor order. A non-zero Refusal means that nothing was read.
+type ReceiptsPage struct {
+	To       Session
+	Receipts []ReceiptPush
+	Next     ReceiptCursor // where the following page starts
+	End      bool          // nothing followed
+	Refusal
 }
 
 // ConversationHash is a 64-bit FNV-1a over both user ids in canonical order. Equal conversations have
