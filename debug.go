@@ -24,7 +24,10 @@ const (
 	adminWriteTimeout  = 2 * time.Minute // the longest CPU profile or trace that can be asked for
 	adminIdleTimeout   = time.Minute
 	adminHeaderBytes   = 8 << 10
-	adminScrapes       = 4 // at once
+	adminConnections   = 32 // a part of reservedDescriptors
+	adminScrapes       = 4  // at once
+	adminScrapeTimeout = 10 * time.Second
+	adminProfiles      = 4 // at once
 )
 
 // Check is one condition of readiness.
@@ -49,21 +52,24 @@ type source interface {
 
 // adminServer answers on the admin address.
 type adminServer struct {
-	listener net.Listener
+	listener *adminListener
 	http     http.Server
 	failed   chan error
 }
 
 // openAdmin binds addr and serves src until Close. The error names the address.
 func openAdmin(addr string, src source, log *slog.Logger) (*adminServer, error) {
-	listener, err := net.Listen("tcp", addr)
+	bound, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listen for admin: %w", err)
 	}
+	listener := newAdminListener(bound, adminConnections)
 	a := &adminServer{
 		listener: listener,
 		http: http.Server{
-			Handler:           adminHandler(src, log),
+			Handler:           adminHandler(src, listener, log),
+			ConnContext:       withConn,
+			ConnState:         listener.track,
 			ReadHeaderTimeout: adminHeaderTimeout,
 			ReadTimeout:       adminReadTimeout,
 			WriteTimeout:      adminWriteTimeout,
@@ -103,21 +109,23 @@ const adminIndex = `millrace admin
 /debug/pprof/     profiles
 `
 
-func adminHandler(src source, log *slog.Logger) http.Handler {
+func adminHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) { answer(w, http.StatusOK, adminIndex) })
-	mux.Handle("GET /metrics", metricsHandler(src, log))
+	mux.Handle("GET /metrics", l.gate(adminScrapes, metricsHandler(src, l, log)))
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
 		answerChecks(w, r, []Check{{"process", src.Alive()}})
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		answerChecks(w, r, readiness(src))
 	})
-	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	profiles := http.NewServeMux()
+	profiles.HandleFunc("/debug/pprof/", pprof.Index)
+	profiles.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.Handle("GET /debug/pprof/", l.gate(adminProfiles, profiles))
 	return mux
 }
 
@@ -159,18 +167,28 @@ func answer(w http.ResponseWriter, status int, text string) {
 }
 
 // metricsHandler has a registry of its own, so that two servers in one process (tests) do not share counters.
-func metricsHandler(src source, log *slog.Logger) http.Handler {
+func metricsHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		buildInfo(readBuildVersion()),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "millrace_admin_evicted_connections_total",
+			Help: "Connections to the admin address that were closed to make room for others.",
+		}, func() float64 { return float64(l.Evicted()) }),
 		collector{src},
 	)
-	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
-		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelError),
-		ErrorHandling:       promhttp.ContinueOnError, // one bad metric must not blind the operator
-		MaxRequestsInFlight: adminScrapes,
+	scrape := promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelError),
+		ErrorHandling: promhttp.ContinueOnError, // one bad metric must not blind the operator
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Who does not read must not keep a scrape's place for as long as a profile may take.
+		if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(adminScrapeTimeout)); err != nil {
+			log.Warn("admin: limit the time of a scrape", "error", err.Error())
+		}
+		scrape.ServeHTTP(w, r)
 	})
 }
 

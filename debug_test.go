@@ -29,6 +29,15 @@ func (s *fakeSource) Draining() bool { return s.draining }
 
 func admin(t *testing.T, s *fakeSource) (get func(path string) (status int, body string)) {
 	t.Helper()
+	a := openTestAdmin(t, s)
+	return func(path string) (int, string) {
+		t.Helper()
+		return fetch(t, http.DefaultClient, a, path)
+	}
+}
+
+func openTestAdmin(t *testing.T, s *fakeSource) *adminServer {
+	t.Helper()
 	a, err := openAdmin("127.0.0.1:0", s, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -43,19 +52,21 @@ func admin(t *testing.T, s *fakeSource) (get func(path string) (status int, body
 		default:
 		}
 	})
-	return func(path string) (int, string) {
-		t.Helper()
-		r, err := http.Get("http://" + a.Addr() + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Body.Close()
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r.StatusCode, string(body)
+	return a
+}
+
+func fetch(t *testing.T, c *http.Client, a *adminServer, path string) (status int, body string) {
+	t.Helper()
+	r, err := c.Get("http://" + a.Addr() + path)
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer r.Body.Close()
+	read, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.StatusCode, string(read)
 }
 
 func TestProbes(t *testing.T) {
