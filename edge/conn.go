@@ -102,7 +102,8 @@ type work struct {
 	full     FullReceivers
 
 	receipts []protocol.ReceiptPush
-	replay   receiptReplay
+	replay   ReceiptReplay
+	reading  bool // a page of receipts was asked for and has not come
 
 	buffered int // in the socket, at the last sweep
 	written  int // to the socket, since then
@@ -132,7 +133,7 @@ func (l *loop) uplink(c *conn) *Uplink {
 // relax gives the work back when nothing in it is needed.
 func (l *loop) relax(c *conn) {
 	w := c.work
-	if w == nil || c.state != stateConnect && c.state != stateOpen || w.reader.pending() || len(w.receipts) > 0 || w.replay.active || c.has(flagBacklog) ||
+	if w == nil || c.state != stateConnect && c.state != stateOpen || w.reader.pending() || len(w.receipts) > 0 || w.replay.Active() || c.has(flagBacklog) ||
 		w.written > 0 || w.upActive && !w.up.Idle(l.nowMs) || !w.full.Empty() {
 		return
 	}
@@ -244,7 +245,7 @@ func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint6
 	c.epoch = epoch
 	c.state = stateRegistering
 	c.flags |= flagAsked
-	l.borrow(c).replay.start(max(0, receiptsAfter-protocol.ReceiptsSlackMillis)) // read once the session is open
+	l.borrow(c).replay.Start(max(0, receiptsAfter-protocol.ReceiptsSlackMillis)) // read once the session is open
 	l.server.cfg.Registrar.Register(protocol.Registration{
 		Session: l.session(c),
 		User:    claims.User,

@@ -13,7 +13,7 @@
 //	uplink.go            sends go to the Publisher, answers come back; uplink_state.go decides
 //	inbox.go             how other goroutines reach a loop
 //	downlink.go          messages go out, acknowledgements come back; downlink_state.go decides
-//	receipts.go          receipts go out
+//	receipts.go          receipts go out; receipts_state.go decides
 //	sweep.go             everything that is due by time
 //	slab.go              where connections live
 //	metrics.go           what is counted

@@ -16,56 +16,18 @@ const (
 	receiptsResume = protocol.MaxReceiptsPerFrame
 )
 
-// receiptReplay reads receipts from the store: when a client connects, and when live ones were missed. Until it has
-// reached the end live receipts are missed, too.
-type receiptReplay struct {
-	active  bool
-	reading bool // a page was asked for and has not come
-	missed  bool // a live receipt was not taken
-	after   protocol.ReceiptCursor
-	since   int64 // date of the earliest one missed
-}
-
-// start begins at the receipts that changed at or after a time.
-func (p *receiptReplay) start(sinceMs int64) {
-	p.active, p.missed, p.after = true, false, protocol.ReceiptCursor{Millis: sinceMs}
-}
-
-// miss says that a live receipt was not taken.
-func (p *receiptReplay) miss(ms int64) {
-	switch {
-	case !p.active:
-		p.start(ms)
-	case !p.missed:
-		p.missed, p.since = true, ms
-	default:
-		p.since = min(p.since, ms)
-	}
-}
-
-// page says how far a page went. What was missed while it was read may have changed after that.
-func (p *receiptReplay) page(next protocol.ReceiptCursor, end bool) {
-	p.after = next
-	switch {
-	case end && p.missed:
-		p.start(p.since)
-	case end:
-		p.active = false
-	}
-}
-
 // readReceipts asks for the next page of a replay when there is room for it.
 func (l *loop) readReceipts(c *conn) {
 	w := c.work
-	if w == nil || !w.replay.active || w.replay.reading || len(w.receipts) > receiptsResume || c.state != stateOpen || c.has(flagLeaving) {
+	if w == nil || !w.replay.Active() || w.reading || len(w.receipts) > receiptsResume || c.state != stateOpen || c.has(flagLeaving) {
 		return
 	}
-	w.replay.reading = true
+	w.reading = true
 	user, _ := l.names.get(c.names)
 	l.server.cfg.Mailbox.ReadReceipts(protocol.ReceiptsRequest{
 		Session: l.session(c),
 		User:    string(user),
-		After:   w.replay.after,
+		After:   w.replay.After(),
 		Limit:   receiptsPageRows,
 	})
 }
@@ -76,7 +38,7 @@ func (l *loop) receiptsPage(p *protocol.ReceiptsPage) {
 	if c == nil || c.state != stateOpen || c.has(flagLeaving) || c.work == nil {
 		return
 	}
-	c.work.replay.reading = false
+	c.work.reading = false
 	if p.Code != protocol.OK {
 		l.m.drops[dropPageFailed]++
 		return
@@ -84,7 +46,7 @@ func (l *loop) receiptsPage(p *protocol.ReceiptsPage) {
 	for i := range p.Receipts {
 		l.queueReceipt(c, &p.Receipts[i])
 	}
-	c.work.replay.page(p.Next, p.End)
+	c.work.replay.Page(p.Next, p.End)
 	l.readReceipts(c)
 }
 
@@ -95,11 +57,11 @@ func (l *loop) receipt(r *protocol.ReceiptPush) {
 		return
 	}
 	switch w := l.borrow(c); {
-	case w.replay.active:
-		w.replay.miss(r.Millis)
+	case w.replay.Active():
+		w.replay.Miss(r.Millis)
 	case len(w.receipts) >= maxWaitingReceipts:
 		l.m.drops[dropReceipts]++
-		w.replay.miss(r.Millis)
+		w.replay.Miss(r.Millis)
 	default:
 		l.queueReceipt(c, r)
 	}
@@ -108,7 +70,7 @@ func (l *loop) receipt(r *protocol.ReceiptPush) {
 // missedReceipts says that live receipts of a session were not taken on their way.
 func (l *loop) missedReceipts(m *missedReceipts) {
 	if c := l.slots.find(m.to.Conn); c != nil && c.state == stateOpen && !c.has(flagLeaving) {
-		l.borrow(c).replay.miss(m.since)
+		l.borrow(c).replay.Miss(m.since)
 		l.readReceipts(c)
 	}
 }
