@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -147,12 +148,36 @@ func (d *DB) open() (err error) {
 	return d.recover()
 }
 
-// makeDir creates dir, readable by its owner only, and makes its entry in the parent durable.
+// makeDir creates dir and those above it that are missing, readable by their owner only, and makes their entries durable. It
+// goes from the top: no directory is made before the entry of the one around it is durable, so after a power cut or a
+// kill at any moment only the lowest one that is there can have an entry that is not.
 func makeDir(fs vfs.FS, dir string) error {
-	if err := fs.MkdirAll(dir, 0o700); err != nil {
+	var missing []string // the lowest first
+	there := dir
+	for there != fs.PathDir(there) {
+		_, err := fs.Stat(there)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		missing = append(missing, there)
+		there = fs.PathDir(there)
+	}
+	// Where we may not look we have not made anything.
+	if err := syncDir(fs, fs.PathDir(there)); err != nil && !errors.Is(err, os.ErrPermission) {
 		return err
 	}
-	return syncDir(fs, fs.PathDir(dir))
+	for _, name := range slices.Backward(missing) {
+		if err := fs.MkdirAll(name, 0o700); err != nil {
+			return err
+		}
+		if err := syncDir(fs, fs.PathDir(name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func syncDir(fs vfs.FS, dir string) error {

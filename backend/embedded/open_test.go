@@ -90,6 +90,58 @@ func TestSecondProcessIsRefused(t *testing.T) {
 	open(t, Config{Dir: dir, MinFreeBytes: 1})
 }
 
+// TestNewDirectoriesSurviveAPowerCut: P1, the directories that Open makes are as durable as what is answered in them, also if
+// a start before was killed between making some and syncing them.
+func TestNewDirectoriesSurviveAPowerCut(t *testing.T) {
+	const dir = "/var/lib/chat/millrace"
+	for _, made := range []string{"", "/var", "/var/lib/chat"} {
+		fs := vfs.NewCrashableMem()
+		if made != "" {
+			if err := makeDir(fs, fs.PathDir(made)); err != nil {
+				t.Fatal(err)
+			}
+			if err := fs.MkdirAll(made, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d := open(t, Config{Dir: dir, FS: fs, Shards: 1})
+		a := newAnswers()
+		d.Start(backend.Hooks{Answer: a.take})
+		d.Append(smallRecord(0))
+		a.wait(1)
+		d = open(t, Config{Dir: dir, FS: fs.CrashClone(vfs.CrashCloneCfg{}), Shards: 1})
+		if n := d.shards[0].unreadNow.Load(); n != 1 {
+			t.Errorf("with %q there: %d answered records after a power cut, want 1", made, n)
+		}
+	}
+}
+
+// TestDirectoryInAnUnreadableOne: what lies around a directory that was there need not be readable.
+func TestDirectoryInAnUnreadableOne(t *testing.T) {
+	fs := &closedFS{FS: vfs.NewMem(), closed: "/"}
+	if err := fs.MkdirAll("/home", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"/home/chat/data", "/home"} {
+		open(t, Config{Dir: dir, FS: fs, Shards: 1})
+	}
+}
+
+// closedFS has a directory that cannot be opened.
+type closedFS struct {
+	vfs.FS
+	closed string
+}
+
+func (f *closedFS) OpenDir(name string) (vfs.File, error) {
+	if name == f.closed {
+		return nil, os.ErrPermission
+	}
+	return f.FS.OpenDir(name)
+}
+
+func (f *closedFS) Unwrap() vfs.FS { return f.FS }
+
 func TestIdentityIsMadeOnce(t *testing.T) {
 	fs := vfs.NewCrashableMem()
 	d := open(t, Config{FS: fs})
