@@ -444,6 +444,65 @@ func TestBallast(t *testing.T) {
 	}
 }
 
+// reserving notes how much was reserved in a file; reserve may fail.
+type reserving struct {
+	fullDisk
+	sizes   map[string]int64
+	reserve error
+}
+
+func (f *reserving) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	file, err := f.FS.Create(name, c)
+	f.sizes[name] = 0
+	return &reservingFile{file, name, f}, err
+}
+
+type reservingFile struct {
+	vfs.File
+	name string
+	fs   *reserving
+}
+
+func (f *reservingFile) Preallocate(_, length int64) error {
+	if f.fs.reserve == nil {
+		f.fs.sizes[f.name] += length
+	}
+	return f.fs.reserve
+}
+
+// TestBallastIsWhole: what a crash left of a ballast, or a start with another mark, is made anew, and an empty file does not count.
+func TestBallastIsWhole(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "ballast")
+	fs := &reserving{fullDisk: fullDisk{FS: vfs.Default}, sizes: make(map[string]int64)}
+	fs.avail.Store(1 << 30)
+	start := func(mark uint64) *space {
+		t.Helper()
+		s, err := newSpace(fs, dir, mark, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.check()
+		s.check()
+		return s
+	}
+	if err := os.WriteFile(name, nil, 0o600); err != nil { // a crash after its creation
+		t.Fatal(err)
+	}
+	for _, mark := range []uint64{1 << 20, 1 << 24} {
+		if start(mark); fs.sizes[name] != int64(mark/16) {
+			t.Errorf("the ballast of mark %d reserves %d bytes", mark, fs.sizes[name])
+		}
+	}
+	fs.reserve = errors.New("not supported")
+	if s := start(1 << 20); s.present || !s.broken {
+		t.Errorf("a ballast that cannot be made: present %v, broken %v", s.present, s.broken)
+	}
+	if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("an empty ballast is left: %v", err)
+	}
+}
+
 // TestFailedSyncEndsTheProcess: after a failed fsync nothing is answered, and nobody tries it again.
 func TestFailedSyncEndsTheProcess(t *testing.T) {
 	fs := &slowFS{FS: vfs.NewMem()}

@@ -32,7 +32,8 @@ type space struct {
 	free atomic.Uint64 // bytes, as last seen
 
 	mu      sync.Mutex // guards the ballast file
-	present bool
+	present bool // it is there, to be given back
+	whole   bool // this run has made it; what an earlier one left may be cut short by a crash, or of another size
 	broken  bool // it could not be made: not tried again
 }
 
@@ -105,15 +106,15 @@ func (s *space) release() {
 		s.log.Error("cannot give back the ballast", "error", err)
 		return
 	}
-	s.present = false
+	s.present, s.whole = false, false
 	s.log.Warn("the disk is full: the ballast is given back", "bytes", s.ballast)
 }
 
-// reserve makes the ballast. A file system that cannot reserve space goes without.
+// reserve makes the ballast, anew once in every run. A file system that cannot reserve space goes without.
 func (s *space) reserve() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.present || s.broken || s.ballast == 0 {
+	if s.whole || s.broken || s.ballast == 0 {
 		return
 	}
 	f, err := s.fs.Create(s.ballastName(), vfs.WriteCategoryUnspecified)
@@ -121,12 +122,12 @@ func (s *space) reserve() {
 		err = errors.Join(f.Preallocate(0, int64(s.ballast)), f.Sync(), f.Close())
 	}
 	if err != nil {
-		s.broken = true
+		s.present, s.broken = false, true
 		err = errors.Join(err, s.fs.Remove(s.ballastName()))
 		s.log.Warn("no ballast: the file system does not reserve space", "error", err)
 		return
 	}
-	s.present = true
+	s.present, s.whole = true, true
 }
 
 // watchSpace checks once a second until the DB closes.
