@@ -57,7 +57,7 @@ type Config struct {
 	Shards int
 	// MinFreeBytes is the free space below which sends are refused with store_full; 0 is max(1 GiB, 5 % of the file system).
 	MinFreeBytes uint64
-	// Now is the clock that stamps records; nil is time.Now.
+	// Now is the clock that stamps records, held between 1970 and 2100; nil is time.Now.
 	Now func() time.Time
 	// Logger receives what an operator should know; nil discards it. Pebble's own remarks come at level Debug.
 	Logger *slog.Logger
@@ -106,6 +106,7 @@ func (c *Config) validate() error {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	c.Now = within(c.Now)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -113,6 +114,27 @@ func (c *Config) validate() error {
 		c.exit = os.Exit
 	}
 	return nil
+}
+
+// earliest and latest are what the clock is held to. A position has room for the time until 2109; a clock that was there for a moment
+// leaves the last position there for ever, and from then on each record takes the next one. Up to latest there is room for
+// 6e14 of them, a million a second for 19 years.
+var (
+	earliest = time.UnixMilli(0)
+	latest   = time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)
+)
+
+func within(clock func() time.Time) func() time.Time {
+	return func() time.Time {
+		now := clock()
+		switch {
+		case now.Before(earliest):
+			return earliest
+		case now.After(latest):
+			return latest
+		}
+		return now
+	}
 }
 
 func setDefault[T int | int64 | time.Duration](v *T, def T) {

@@ -235,6 +235,41 @@ func TestLagIsBounded(t *testing.T) {
 	a.wait(3)
 }
 
+// TestWrongClockLeavesRoom: P4, a clock that was centuries off for a moment, either way, leaves positions that are valid and ascend.
+func TestWrongClockLeavesRoom(t *testing.T) {
+	const sends = 3000 // a millisecond has 2 048 positions
+	var now atomic.Int64
+	d := open(t, Config{FS: vfs.NewMem(), Shards: 1, Now: func() time.Time { return time.UnixMilli(now.Load()) }})
+	a := newAnswers()
+	d.Start(backend.Hooks{Answer: a.take})
+	for n, ms := range []int64{-1 << 50, 1 << 50} {
+		now.Store(ms)
+		if refusal := d.Append(smallRecord(n)); refusal.Code != protocol.OK {
+			t.Fatal(refusal)
+		}
+		a.wait(n + 1)
+		if _, err := d.Read(0, nil, 1); err != nil { // nothing lags
+			t.Fatal(err)
+		}
+	}
+	now.Store(1_700_000_000_000)
+	for n := 2; n < sends; n++ {
+		if refusal := d.Append(smallRecord(n)); refusal.Code != protocol.OK {
+			t.Fatal(refusal)
+		}
+	}
+	last := uint64(0)
+	for n, answer := range a.wait(sends) {
+		if answer.Position <= last || answer.Position > protocol.MaxPosition {
+			t.Fatalf("send %d is at position %d after %d", n, answer.Position, last)
+		}
+		last = answer.Position
+	}
+	if left := protocol.MaxPosition - last; left < 6e14 {
+		t.Errorf("%d positions are left", left)
+	}
+}
+
 func TestBadRecordsAreRefused(t *testing.T) {
 	d := open(t, Config{FS: vfs.NewMem()})
 	d.Start(backend.Hooks{})

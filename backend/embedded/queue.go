@@ -33,8 +33,7 @@ func (d *DB) Append(r *backend.Record) protocol.Refusal {
 		d.count.refusedLag.Add(1)
 		return protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: retryOverloadedMs}
 	}
-	// A clock outside 1970–2109 must not break the order of positions for ever.
-	r.AcceptedMs = min(max(now, 0), protocol.MaxTimestampMillis)
+	r.AcceptedMs = now
 	size := recordMemory(r)
 
 	d.mu.Lock()

@@ -32,9 +32,9 @@ type space struct {
 	free atomic.Uint64 // bytes, as last seen
 
 	mu      sync.Mutex // guards the ballast file
-	present bool // it is there, to be given back
-	whole   bool // this run has made it; what an earlier one left may be cut short by a crash, or of another size
-	broken  bool // it could not be made: not tried again
+	present bool       // it is there, to be given back
+	whole   bool       // this run has made it; what an earlier one left may be cut short by a crash, or of another size
+	broken  bool       // it could not be made: not tried again
 }
 
 // newSpace fails only if the file system can tell its free space and refuses to.
