@@ -47,8 +47,6 @@ type Queue interface {
 	// until len(dst) reaches max; fewer when no more are there. It may read the disk. After a restart it starts at the oldest unfinished
 	// record. One goroutine per shard calls it.
 	Read(shard int, dst []*Record, max int) ([]*Record, error)
-	// Load reads one unfinished record back. It may read the disk.
-	Load(shard int, position uint64) (*Record, error)
 }
 
 // Hooks are how a Queue and a Store report. They are called from the queue's own goroutines, must not

@@ -200,12 +200,6 @@ func (w *twin) Read(_ int, dst []*Record, max int) ([]*Record, error) {
 	return dst, nil
 }
 
-func (w *twin) Load(_ int, position uint64) (*Record, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.load(position)
-}
-
 func (w *twin) load(position uint64) (*Record, error) {
 	for _, r := range w.log {
 		if r.Position == position && position >= w.lowWater {

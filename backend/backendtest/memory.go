@@ -198,13 +198,6 @@ func (m *Memory) find(position uint64) int {
 	return sort.Search(len(m.disk.log), func(i int) bool { return m.disk.log[i].Position >= position })
 }
 
-// Load implements backend.Queue.
-func (m *Memory) Load(_ int, position uint64) (*backend.Record, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.load(position)
-}
-
 func (m *Memory) load(position uint64) (*backend.Record, error) {
 	i := m.find(position)
 	if i == len(m.disk.log) || m.disk.log[i].Position != position {

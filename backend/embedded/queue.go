@@ -115,23 +115,6 @@ func (d *DB) readLog(shard int, from, until uint64, dst []*backend.Record, max i
 	return dst, nil
 }
 
-// Load reads one unfinished record from the log; ErrNoRecord if it is not there.
-func (d *DB) Load(_ int, position uint64) (*backend.Record, error) {
-	var key [logKeyBytes]byte
-	var r *backend.Record
-	found, err := d.view(appendLogKey(key[:0], position), func(value []byte) (err error) {
-		r, err = decodeRecord(value, position)
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("load record: %w", err)
-	}
-	if !found {
-		return nil, fmt.Errorf("load record at position %d: %w", position, ErrNoRecord)
-	}
-	return r, nil
-}
-
 // scanLog calls yield for the records in [from, until) until it returns false. The value is valid during the call.
 func (d *DB) scanLog(from, until uint64, yield func(position uint64, value []byte) (bool, error)) error {
 	var lower, upper [logKeyBytes]byte
