@@ -339,6 +339,28 @@ func TestServerCaughtUp(t *testing.T) {
 	}
 }
 
+// TestServerReplayEnds: once the log was read to its end, what drains of rows from before the start acknowledge is settled, though no
+// record of theirs will come.
+func TestServerReplayEnds(t *testing.T) {
+	r := newRig(t, nil)
+	row := &Record{Message: protocol.Message{Conversation: protocol.ConversationHash("alice", "bob"), Position: 7000, Sender: "alice", Receiver: "bob"},
+		Device: "phone", Epoch: 1, Seq: seqOf(0, 1)}
+	r.mailboxes[mailboxName{"bob", "phone"}] = []*Record{row}
+	r.fail("log", true)
+	r.settle(protocol.Acknowledged, "bob", "phone", protocol.Push{Message: &row.Message})
+	r.steps()
+	if r.waiting() != 0 {
+		t.Fatal("settled although the log may hold its record")
+	}
+	r.fail("log", false)
+	r.steps() // reads to the end
+	r.steps()
+	r.settleDisk()
+	if rows := r.mailboxes[mailboxName{"bob", "phone"}]; len(rows) != 0 {
+		t.Errorf("%d rows are left in the mailbox", len(rows))
+	}
+}
+
 // TestServerReadErrors: what cannot be read is tried again at each round, and logged once in a hundred.
 func TestServerReadErrors(t *testing.T) {
 	for _, read := range []string{"log", "window", "devices"} {

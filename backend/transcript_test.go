@@ -30,7 +30,7 @@ import (
 //	                                                      the log, not straight from their submission; id: as if it were number N
 //	again FROM TO NUMBER at=N                             a record is given again
 //	retake                                                what could not be taken is tried again
-//	ack|refuse|lost USER DEVICE POSITION…                 outcomes; device - is the user's mailbox
+//	ack|refuse|lost USER DEVICE POSITION… [other-id]      outcomes; device - is the user's mailbox
 //	resettle                                              outcomes that could not be settled are tried again
 //	tick MS                                               time passes, or goes back
 //	flush                                                 a commit is given out
@@ -278,12 +278,19 @@ func (p *play) retake() {
 }
 
 func (p *play) settle(t *testing.T, kind protocol.OutcomeKind, words []string) {
+	other := words[len(words)-1] == "other-id"
+	if other {
+		words = words[:len(words)-1]
+	}
 	for _, word := range expand(t, words[2:], twinGap) {
 		s := Settlement{Kind: kind, User: words[0], Position: number(t, word)}
 		if words[1] != "-" {
 			s.Device = words[1]
 		}
 		s.ID = p.byPosition[s.Position]
+		if other {
+			s.ID[15] ^= 1
+		}
 		p.unsettled = append(p.unsettled, s)
 	}
 	p.resettle()
@@ -456,6 +463,15 @@ func (p *play) status() {
 		p.owner.InFlight(), p.owner.Room(), p.owner.Uncommitted(), p.owner.Dirty(), p.owner.Urgent(), len(p.owner.convs))
 	p.printf("taken %d, known %d, pushed %d, acknowledged %d, ignored %d, notices %d, receipts %d, commits %d, failed reads %d",
 		st.Taken, st.Duplicates, st.Pushed, st.Acknowledged, st.Ignored, st.Notices, st.Receipts, st.Commits, st.ReadErrors)
+	overlays := 0 // what the store may not show yet
+	for _, conv := range p.owner.convs {
+		for _, rc := range conv.receipts {
+			overlays += len(rc.left) + len(rc.settled)
+		}
+	}
+	if overlays > 0 {
+		p.printf("outstanding rows under way %d", overlays)
+	}
 	var reasons []string
 	for r, n := range st.Mailboxed {
 		if n > 0 {
