@@ -394,10 +394,6 @@ func (l *loop) forget(c *conn) {
 	c.flags &^= flagDoomed | flagBacklog
 	l.release(c)
 	c.sock = nil
-	l.server.connections.Add(-1)
-	if c.has(flagLate) {
-		l.server.late.Add(-1)
-	}
 	if c.has(flagAsked) {
 		c.state = stateGone
 		return
@@ -405,8 +401,13 @@ func (l *loop) forget(c *conn) {
 	l.free(c)
 }
 
-// free gives slot and names back. Outcomes point into the names.
+// free gives slot and names back. Outcomes point into the names. Only then is there room for another connection: clients
+// that come and go while registrations wait for the disk do not make more of them than there may be connections.
 func (l *loop) free(c *conn) {
+	l.server.connections.Add(-1)
+	if c.has(flagLate) {
+		l.server.late.Add(-1)
+	}
 	l.trySettle()
 	l.names.remove(c.names)
 	l.slots.put(c)

@@ -447,13 +447,13 @@ func TestConnStates(t *testing.T) {
 			s.receive([]byte(upgradeText(sub, "")))
 			s.frame(&protocol.Frame{Kind: protocol.KindConnect, Token: []byte("alice"), Device: []byte("phone")})
 			s.close()
-			if s.conn.state != stateGone || b.s.connections.Load() != 0 {
+			if s.conn.state != stateGone || b.s.connections.Load() != 1 {
 				t.Fatalf("state %d", s.conn.state)
 			}
 			b.pass(time.Minute)
 			b.s.Registered(protocol.Registered{To: b.asked[0].Session})
 			b.l.drainInbox()
-			if fmt.Sprint(b.gone) != "[alice/phone]" || s.conn.state != stateFree {
+			if fmt.Sprint(b.gone) != "[alice/phone]" || s.conn.state != stateFree || b.s.connections.Load() != 0 {
 				t.Fatalf("unregistered %v, state %d", b.gone, s.conn.state)
 			}
 		})
