@@ -100,7 +100,7 @@ type shard struct {
 	rounds   uint64 // steps done
 	idle     bool   // the last step left nothing to take, to settle or to commit
 
-	caughtUp atomic.Bool // that was taken
+	caughtUp atomic.Bool // everything up to the end of the log was taken at least once
 }
 
 // fence is one that waits for some shards.
