@@ -93,6 +93,7 @@ func (s *builder) init(d *DB) {
 // build fills b.kv, b.answers and the outcomes of b.registers. Its parts stand in the order of the batch.
 func (s *builder) build(d *DB, b *batch) error {
 	s.stateDirty = false
+	s.day = day(d.nowMs())
 	s.windows.reset()
 	s.receipts.reset()
 	s.rows.reset()
@@ -101,8 +102,6 @@ func (s *builder) build(d *DB, b *batch) error {
 	s.streams.reset()
 
 	s.appendRecords(b)
-	// Not before the last message: what a clock that was set back dates would expire too early.
-	s.day = day(max(d.nowMs(), protocol.PositionMillis(s.last)))
 	for _, c := range b.commits {
 		if err := s.addCommit(d, b, c); err != nil {
 			return fmt.Errorf("commit: %w", err)
@@ -313,15 +312,12 @@ func (s *builder) countMailbox(d *DB, user, device string, change int64) (*mailb
 	return c, nil
 }
 
-// findLow looks for the first row of a mailbox, in the database and in this batch.
+// findLow looks for the first row of a mailbox, in the database and in this batch. What the batch deletes is still seen.
 func (s *builder) findLow(d *DB, c *mailboxCount) error {
 	prefix := appendMailboxPrefix(nil, c.user, c.device)
 	lower := binary.BigEndian.AppendUint64(bytes.Clone(prefix), c.low)
 	first := c.lowPut
 	err := d.scan(lower, appendAfter(nil, prefix), func(key, _ []byte) (bool, error) {
-		if there := s.rows[string(key)]; there != nil && !*there {
-			return true, nil // deleted in this batch
-		}
 		if len(key) != len(prefix)+mailboxPlaceBytes {
 			return false, fmt.Errorf("mailbox key: %w", errRow)
 		}

@@ -52,20 +52,12 @@ func (p *pending) addCommit(c *backend.Commit) {
 	if p.stopped {
 		return
 	}
-	if p.commitUntil.IsZero() {
+	if len(p.commits) == 0 {
 		p.commitUntil = time.Now().Add(maxCommitWait)
 	}
 	p.commits = append(p.commits, c)
 	p.commitBytes += commitSize(c)
 	p.urgent = p.urgent || c.Urgent
-}
-
-// addExpiry waits for company as a commit does.
-func (p *pending) addExpiry(e *expiry) {
-	p.expiry = e
-	if p.commitUntil.IsZero() {
-		p.commitUntil = time.Now().Add(maxCommitWait)
-	}
 }
 
 // commitSize estimates what a commit adds to a batch.
@@ -78,9 +70,9 @@ func commitSize(c *backend.Commit) int {
 // due reports whether a batch is to be built now; if not, until is when it will be, zero for never.
 func (p *pending) due(now time.Time) (yes bool, until time.Time) {
 	switch {
-	case len(p.appends) > 0, len(p.registers) > 0, p.urgent, p.commitBytes >= maxCommitBytes:
+	case len(p.appends) > 0, len(p.registers) > 0, p.urgent, p.expiry != nil, p.commitBytes >= maxCommitBytes:
 		return true, until
-	case p.closing && (len(p.commits) > 0 || p.expiry != nil || !p.trimUntil.IsZero()):
+	case p.closing && (len(p.commits) > 0 || !p.trimUntil.IsZero()):
 		return true, until
 	}
 	for _, t := range [...]time.Time{p.commitUntil, p.trimUntil} {

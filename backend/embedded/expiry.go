@@ -302,7 +302,7 @@ func (d *DB) expire(e *expiry) bool {
 		d.mu.Unlock()
 		return false
 	}
-	d.pending.addExpiry(e)
+	d.pending.expiry = e
 	d.wakeLocked()
 	d.mu.Unlock()
 	select {
