@@ -67,7 +67,7 @@ func openAdmin(addr string, src source, log *slog.Logger) (*adminServer, error) 
 	a := &adminServer{
 		listener: listener,
 		http: http.Server{
-			Handler:           adminHandler(src, listener, log),
+			Handler:           guard(bound.Addr(), adminHandler(src, listener, log)),
 			ConnContext:       withConn,
 			ConnState:         listener.track,
 			ReadHeaderTimeout: adminHeaderTimeout,
