@@ -16,6 +16,10 @@ type Instance interface {
 	backend.Store
 	// Start begins the work; it is called once, before the first Append, Commit or Register.
 	Start(backend.Hooks)
+	// Age lets d pass as if the instance had run that long, and returns when what has become too old is gone (see
+	// backend.Store). The clock of Options.Now has been moved by d just before. It is called once with 0, right after Start,
+	// by a test that is going to let time pass.
+	Age(d time.Duration) error
 	// Close makes durable and answers what is pending. No call is under way and none follows.
 	Close() error
 }

@@ -85,6 +85,15 @@ func (f *fixture) close() {
 	}
 }
 
+// age moves the clock and lets the instance grow older with it.
+func (f *fixture) age(c *clock, d time.Duration) {
+	f.t.Helper()
+	c.step(d.Milliseconds())
+	if err := f.Age(d); err != nil {
+		f.t.Fatalf("age by %v: %v", d, err)
+	}
+}
+
 // record makes a record from one user to another. Number n tells its id, number and content.
 func record(from, to string, n int) *backend.Record {
 	r := &backend.Record{

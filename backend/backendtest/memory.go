@@ -22,7 +22,9 @@ type Disk struct {
 	outstanding map[backend.OutstandingKey]backend.OutstandingRow
 	mailboxes   map[mailboxName][]*backend.Record // by position and id
 	devices     map[string][]backend.Device
-	blocks      map[backend.Stream]uint32 // the next
+	blocks      map[backend.Stream]uint32   // the next
+	windowUse   map[backend.WindowKey]int64 // when it was last used, in ms
+	streamUse   map[backend.Stream]int64
 }
 
 // errNoRecord says that a record is finished, or never was.
@@ -69,6 +71,8 @@ func (k *Disk) Open(o Options) *Memory {
 		k.mailboxes = make(map[mailboxName][]*backend.Record)
 		k.devices = make(map[string][]backend.Device)
 		k.blocks = make(map[backend.Stream]uint32)
+		k.windowUse = make(map[backend.WindowKey]int64)
+		k.streamUse = make(map[backend.Stream]int64)
 	}
 	m := &Memory{o: o, disk: k, cursors: make([]uint64, o.Shards), unread: make([]int, o.Shards)}
 	m.work = sync.NewCond(&m.mu)
@@ -126,6 +130,57 @@ func (m *Memory) run() {
 		report()
 		m.mu.Lock()
 	}
+}
+
+func (m *Memory) nowMs() int64 { return m.o.Now().UnixMilli() }
+
+// Age implements Instance. Nothing expires but here.
+func (m *Memory) Age(time.Duration) error {
+	done := make(chan struct{})
+	m.do(func() func() {
+		report := m.expire(m.nowMs() - expireRows.Milliseconds())
+		return func() {
+			report()
+			close(done)
+		}
+	})
+	<-done
+	return nil
+}
+
+const (
+	expireRows    = 365 * 24 * time.Hour
+	expireStreams = 2 * expireRows
+)
+
+// expire deletes what is dated before a time.
+func (m *Memory) expire(ms int64) (report func()) {
+	c := &backend.Commit{}
+	for name, rows := range m.disk.mailboxes {
+		for _, r := range rows {
+			if protocol.PositionMillis(r.Position) < ms {
+				c.Acknowledged = append(c.Acknowledged, backend.MailboxKey{User: name.user, Device: name.device, Position: r.Position, ID: r.ID})
+			}
+		}
+	}
+	for key := range m.disk.outstanding {
+		if protocol.PositionMillis(key.Position) < ms {
+			c.Settled = append(c.Settled, key)
+		}
+	}
+	for key, used := range m.disk.windowUse {
+		if used < ms {
+			delete(m.disk.windows, key)
+			delete(m.disk.windowUse, key)
+		}
+	}
+	for stream, used := range m.disk.streamUse {
+		if used < ms-(expireStreams-expireRows).Milliseconds() {
+			delete(m.disk.blocks, stream)
+			delete(m.disk.streamUse, stream)
+		}
+	}
+	return m.commit(c)
 }
 
 // Close implements Instance.
@@ -246,6 +301,10 @@ func (m *Memory) commit(c *backend.Commit) func() {
 		w := m.disk.windows[c.Windows[i].WindowKey]
 		w.Merge(&c.Windows[i].Window)
 		m.disk.windows[c.Windows[i].WindowKey] = w
+		// A stream is kept as long as a window that knows its numbers, and never draws a block that one knows.
+		stream := c.Windows[i].Stream
+		m.disk.windowUse[c.Windows[i].WindowKey], m.disk.streamUse[stream] = m.nowMs(), m.nowMs()
+		m.disk.blocks[stream] = max(m.disk.blocks[stream], w.Blocks[0].Block+1)
 	}
 	m.disk.log = slices.DeleteFunc(m.disk.log, func(r *backend.Record) bool {
 		return m.shard(r) == c.Shard && r.Position < c.LowWater
@@ -312,6 +371,7 @@ func (m *Memory) Register(s backend.Stream, done func(block uint32, heir bool, r
 		}
 		block, heir := m.disk.blocks[s], m.disk.devices[s.User][i].Heir
 		m.disk.blocks[s]++
+		m.disk.streamUse[s] = m.nowMs()
 		return func() { done(block, heir, protocol.Refusal{}) }
 	})
 }

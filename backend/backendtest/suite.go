@@ -36,6 +36,10 @@ func Run(t *testing.T, newStorage func(t *testing.T) Storage) {
 		{"P3 mailbox rows are put once and deleted once", testMailboxIdempotent},
 		{"P5 mailboxes do not mix", testMailboxesApart},
 		{"a mailbox becomes full and not full again", testMailboxFull},
+		{"P2 what waits expires after a year and not before", testMailboxExpiry},
+		{"P3 windows expire a year after their last use, streams after two", testStreamExpiry},
+		{"P3 a block that a window knows is never drawn again", testSilentStream},
+		{"a full mailbox takes messages again when some expire", testExpiryMakesRoom},
 		{"blocks of a stream", testBlocks},
 		{"devices, heir, and the ninth device", testDevices},
 	} {
@@ -709,6 +713,167 @@ func testMailboxFull(t *testing.T, s Storage) {
 	defer f.close()
 	f.commit(&backend.Commit{Urgent: true}) // after what the start has to say
 	is(false)
+}
+
+const (
+	day  = 24 * time.Hour
+	year = 365 * day
+)
+
+func testMailboxExpiry(t *testing.T, s Storage) {
+	c := &clock{ms: someMs}
+	f := start(t, s, Options{Now: c.now})
+	f.age(c, 0)
+	const conversation = "alice\x00bob"
+	leave := func(first, n int) []*backend.Record {
+		records := make([]*backend.Record, n)
+		for i := range records {
+			records[i] = record("alice", "bob", first+i)
+		}
+		f.append(records...)
+		f.readAll(100)
+		f.put("bob", "", records...)
+		f.put("bob", "phone", records...)
+		for _, r := range records {
+			f.commit(&backend.Commit{Urgent: true, Outstanding: []backend.OutstandingRow{{Conversation: conversation, Addressee: "bob",
+				Mark: backend.Mark{Position: r.Position, ID: r.ID, Device: "phone", Epoch: r.Epoch, Seq: r.Seq}}}})
+		}
+		return records
+	}
+	holds := func(want []*backend.Record) {
+		t.Helper()
+		f.holds("bob", "", want)
+		f.holds("bob", "phone", want)
+		row, ok, err := f.FirstOutstanding(conversation, "bob", 0)
+		if err != nil || ok != (len(want) > 0) || ok && row.Position != want[0].Position {
+			t.Fatalf("the first outstanding row is %+v, %v, %v", row, ok, err)
+		}
+	}
+	old := leave(0, 150)
+	f.age(c, 200*day)
+	young := leave(150, 20)
+	f.age(c, 164*day)
+	holds(append(old[:len(old):len(old)], young...))
+	f.age(c, 3*day)
+	holds(young)
+	f.acknowledge("bob", "phone", old[0], young[0]) // late: the first is gone, and nothing happens
+	f.holds("bob", "phone", young[1:])
+	f.close()
+	f = start(t, s, Options{Now: c.now})
+	defer f.close()
+	f.age(c, 0)
+	f.holds("bob", "", young)
+	f.age(c, 196*day)
+	f.holds("bob", "", young)
+	f.age(c, 4*day)
+	holds(nil)
+}
+
+func testStreamExpiry(t *testing.T, s Storage) {
+	c := &clock{ms: someMs}
+	f := start(t, s, Options{Now: c.now})
+	defer f.close()
+	f.age(c, 0)
+	used := backend.Stream{User: "alice", Device: "phone", Epoch: 1}
+	idle := backend.Stream{User: "alice", Device: "phone", Epoch: 2}
+	var want backend.Window
+	use := func(s backend.Stream, seq uint64) {
+		row := backend.WindowRow{WindowKey: backend.WindowKey{Conversation: "c", Stream: s}}
+		row.Finish(seq)
+		want.Finish(seq)
+		f.commit(&backend.Commit{Windows: []backend.WindowRow{row}, Urgent: true})
+	}
+	is := func(s backend.Stream, want backend.Window) {
+		t.Helper()
+		if w, err := f.Window(backend.WindowKey{Conversation: "c", Stream: s}); err != nil || w != want {
+			t.Fatalf("window of %+v\n got %+v, %v\nwant %+v", s, w, err, want)
+		}
+	}
+	f.register(used, idle)
+	use(idle, protocol.FirstSeq(0))
+	want = backend.Window{}
+	for n := range 4 { // every use counts
+		use(used, protocol.FirstSeq(0)+uint64(n))
+		f.age(c, 300*day)
+		is(used, want)
+	}
+	is(idle, backend.Window{})
+	if got := f.register(used, idle); got[0].Block != 1 || got[1].Block != 0 {
+		t.Fatalf("blocks %d and %d after more than three years, want the next of one that was used and the first of one that was not", got[0].Block, got[1].Block)
+	}
+	f.age(c, 67*day)
+	is(used, backend.Window{})
+	f.age(c, 660*day)
+	if got := f.register(used, idle); got[0].Block != 2 || got[1].Block != 1 {
+		t.Fatalf("blocks %d and %d within two years of the last login, want 2 and 1", got[0].Block, got[1].Block)
+	}
+	f.age(c, 2*year+2*day)
+	if got := f.register(used); got[0].Block != 0 {
+		t.Fatalf("block %d after two years, want the first", got[0].Block)
+	}
+	if devices, err := f.Devices("alice"); err != nil || len(devices) != 1 {
+		t.Fatalf("devices %v, %v: they do not expire", devices, err)
+	}
+}
+
+// testSilentStream: a connection that says nothing for longer than its stream is kept, and then sends.
+func testSilentStream(t *testing.T, s Storage) {
+	c := &clock{ms: someMs}
+	f := start(t, s, Options{Now: c.now})
+	defer f.close()
+	f.age(c, 0)
+	stream := backend.Stream{User: "alice", Device: "phone", Epoch: 1}
+	f.register(stream, stream, stream)
+	f.age(c, 2*year+2*day)
+	row := backend.WindowRow{WindowKey: backend.WindowKey{Conversation: "c", Stream: stream}}
+	row.Finish(protocol.FirstSeq(2))
+	f.commit(&backend.Commit{Windows: []backend.WindowRow{row}, Urgent: true})
+	if got := f.register(stream); got[0].Block != 3 {
+		t.Fatalf("block %d is drawn, want one above that of the window", got[0].Block)
+	}
+}
+
+func testExpiryMakesRoom(t *testing.T, s Storage) {
+	const limit = 3
+	c := &clock{ms: someMs}
+	f := start(t, s, Options{Now: c.now, MailboxRows: limit})
+	f.age(c, 0)
+	put := func(n int) {
+		r := record("alice", "bob", n)
+		f.append(r)
+		f.readAll(100) // what is not read would lag by months
+		f.put("bob", "phone", r)
+	}
+	is := func(want bool) {
+		t.Helper()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if full := f.full[mailboxName{"bob", "phone"}]; full != want {
+			t.Fatalf("full: %v, want %v", full, want)
+		}
+	}
+	put(0)
+	f.age(c, 100*day)
+	put(1)
+	put(2)
+	is(true)
+	f.age(c, 267*day)
+	is(false)
+	put(3)
+	is(true)
+	f.close()
+	f = start(t, s, Options{Now: c.now, MailboxRows: limit})
+	defer f.close()
+	f.wait("the report of a full mailbox", func() bool { return f.full[mailboxName{"bob", "phone"}] })
+	f.readAll(100)
+	f.age(c, 0)
+	is(true)
+	f.age(c, 100*day)
+	is(false)
+	put(4)
+	is(false)
+	put(5)
+	is(true)
 }
 
 func testBlocks(t *testing.T, s Storage) {
