@@ -163,7 +163,10 @@ type Reader interface {
 	MailboxRow(k MailboxKey) (r *Record, ok bool, err error)
 }
 
-// Store keeps what outlives a delivery.
+// Store keeps what outlives a delivery, though not for ever: mailbox and outstanding rows at least until a year after
+// the time in their position, windows a year after their last use, and streams two years after their last login or use of a
+// window; a stream's row is there as long as one of its windows. What is older may go at any time, by itself, and
+// MailboxFull is told as after any deletion. Receipts and devices stay.
 type Store interface {
 	Reader
 	// Commit never blocks and takes ownership of c. Commits of a shard become durable in order, and never without the earlier ones.
