@@ -70,7 +70,7 @@ func (o *Owner) entered(w *window, r *Record) {
 // refused looks at what a queue says to a submission: retry_after_ms stands with exactly the codes for which trying again
 // can help.
 func (s *Server) refused(r protocol.Refusal) {
-	if r.Code != protocol.OK && (r.Code >= protocol.CodeRateLimited) != (r.RetryAfterMs != 0) {
+	if (r.Code >= protocol.CodeRateLimited) != (r.RetryAfterMs != 0) {
 		s.unsound.Add(1)
 	}
 }

@@ -799,6 +799,7 @@ func TestServerViolations(t *testing.T) {
 		r.log = append(r.log, &Record{Message: protocol.Message{Sender: "alice", Receiver: "bob", Position: position}, Device: "phone", Epoch: 1, Seq: seqOf(0, uint32(n)+1)})
 	}
 	r.steps()
+	r.steps() // says nothing more
 	want["P4"] = 2
 	wantCounts()
 	if got := r.lines("a promise is broken"); got != 1 || r.lines("promise=P4 times=2") != 1 {
