@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,13 +22,13 @@ import (
 const (
 	adminHeaderTimeout = 5 * time.Second
 	adminReadTimeout   = 10 * time.Second
-	adminWriteTimeout  = 2 * time.Minute // the longest CPU profile or trace that can be asked for
+	adminWriteTimeout  = 30 * time.Second // of an answer; that of a profile begins when the profile is complete
 	adminIdleTimeout   = time.Minute
 	adminHeaderBytes   = 8 << 10
 	adminConnections   = 32 // a part of reservedDescriptors
 	adminScrapes       = 4  // at once
-	adminScrapeTimeout = 10 * time.Second
-	adminProfiles      = 4 // at once
+	adminProfiles      = 4  // at once
+	adminProfileTime   = 2 * time.Minute
 )
 
 // Check is one condition of readiness.
@@ -125,7 +126,7 @@ func adminHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	mux.Handle("GET /debug/pprof/", l.gate(adminProfiles, profiles))
+	mux.Handle("GET /debug/pprof/", boundProfileTime(l.gate(adminProfiles, profiles)))
 	return mux
 }
 
@@ -166,6 +167,20 @@ func answer(w http.ResponseWriter, status int, text string) {
 	io.WriteString(w, text)
 }
 
+// boundProfileTime refuses what would take a place at the gate for long. net/http/pprof extends the write timeout by the seconds
+// that it is asked for, whatever they are.
+func boundProfileTime(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for _, text := range r.URL.Query()["seconds"] {
+			if n, err := strconv.ParseFloat(text, 64); err == nil && !(n <= adminProfileTime.Seconds()) { // NaN too
+				answer(w, http.StatusBadRequest, fmt.Sprintf("seconds: at most %d.\n", int(adminProfileTime.Seconds())))
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // metricsHandler has a registry of its own, so that two servers in one process (tests) do not share counters.
 func metricsHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	registry := prometheus.NewRegistry()
@@ -179,16 +194,9 @@ func metricsHandler(src source, l *adminListener, log *slog.Logger) http.Handler
 		}, func() float64 { return float64(l.Evicted()) }),
 		collector{src},
 	)
-	scrape := promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelError),
 		ErrorHandling: promhttp.ContinueOnError, // one bad metric must not blind the operator
-	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Who does not read must not keep a scrape's place for as long as a profile may take.
-		if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(adminScrapeTimeout)); err != nil {
-			log.Warn("admin: limit the time of a scrape", "error", err.Error())
-		}
-		scrape.ServeHTTP(w, r)
 	})
 }
 

@@ -141,6 +141,22 @@ func TestProfilesAreServed(t *testing.T) {
 	}
 }
 
+// TestProfilesEnd: net/http/pprof itself takes any number of seconds.
+func TestProfilesEnd(t *testing.T) {
+	get := admin(t, &fakeSource{})
+	for _, path := range []string{"trace?seconds=120.1", "profile?seconds=86400", "heap?seconds=1000000", "trace?seconds=Inf", "trace?seconds=NaN",
+		"trace?seconds=1&seconds=500"} {
+		if status, body := get("/debug/pprof/" + path); status != 400 || body != "seconds: at most 120.\n" {
+			t.Errorf("%s: status %d %.100q", path, status, body)
+		}
+	}
+	for _, path := range []string{"trace?seconds=0.01", "goroutine?seconds=1"} {
+		if status, body := get("/debug/pprof/" + path); status != 200 {
+			t.Errorf("%s: status %d %.100q", path, status, body)
+		}
+	}
+}
+
 func TestAdminNamesATakenAddress(t *testing.T) {
 	a, err := openAdmin("127.0.0.1:0", &fakeSource{}, slog.New(slog.DiscardHandler))
 	if err != nil {
