@@ -56,6 +56,7 @@ type adminServer struct {
 	listener *adminListener
 	http     http.Server
 	failed   chan error
+	cancel   context.CancelFunc // ends the profiles that are being taken
 }
 
 // openAdmin binds addr and serves src until Close. The error names the address.
@@ -65,9 +66,12 @@ func openAdmin(addr string, src source, log *slog.Logger) (*adminServer, error) 
 		return nil, fmt.Errorf("listen for admin: %w", err)
 	}
 	listener := newAdminListener(bound, adminConnections)
+	requests, cancel := context.WithCancel(context.Background())
 	a := &adminServer{
 		listener: listener,
+		cancel:   cancel,
 		http: http.Server{
+			BaseContext:       func(net.Listener) context.Context { return requests },
 			Handler:           guard(bound.Addr(), adminHandler(src, listener, log)),
 			ConnContext:       withConn,
 			ConnState:         listener.track,
@@ -94,8 +98,9 @@ func (a *adminServer) Addr() string { return a.listener.Addr().String() }
 // Done receives the failure that ended the server, if it was not Close.
 func (a *adminServer) Done() <-chan error { return a.failed }
 
-// Close frees the address and waits at most for ctx for requests being answered, then cuts them off.
+// Close frees the address, ends profiles and waits at most for ctx for requests being answered, then cuts them off.
 func (a *adminServer) Close(ctx context.Context) error {
+	a.cancel()
 	if err := a.http.Shutdown(ctx); err != nil {
 		return a.http.Close()
 	}

@@ -78,6 +78,52 @@ func TestStartHeedsItsContext(t *testing.T) {
 	}
 }
 
+// TestCloseIsCleanWhileTheAdminAddressIsInUse: what an operator looks at must not make a stop a failure.
+func TestCloseIsCleanWhileTheAdminAddressIsInUse(t *testing.T) {
+	for name, request := range map[string]string{
+		"no request":  "",
+		"half a head": "GET /livez HTTP/1.1\r\n",
+		"a trace":     "GET /debug/pprof/trace?seconds=100 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"a profile":   "GET /debug/pprof/profile?seconds=100 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, err := start(t.Context(), freeConfig(t), slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns := occupy(t, m.admin, 3, request)
+			if status, body := fetch(t, unpooled(), m.admin, "/livez"); status != http.StatusOK { // so the others have been accepted
+				t.Errorf("livez: %d %s", status, body)
+			}
+			if strings.Contains(request, "seconds") {
+				// The first of three gets its profile, which ends with the server; only one can be taken at a time.
+				awaitHeld(t, m.admin)
+			}
+			if err := m.Close(); err != nil {
+				t.Errorf("close: %v", err)
+			}
+			awaitClosed(t, conns, len(conns))
+		})
+	}
+}
+
+// awaitHeld waits until a request that takes long is being answered.
+func awaitHeld(t *testing.T, a *adminServer) {
+	t.Helper()
+	for range 1000 {
+		a.listener.mu.Lock()
+		for _, c := range a.listener.open {
+			if c.held {
+				a.listener.mu.Unlock()
+				return
+			}
+		}
+		a.listener.mu.Unlock()
+		<-time.After(5 * time.Millisecond)
+	}
+	t.Fatal("no request is being answered")
+}
+
 // TestServeCommand runs the program as a user does: no configuration but ports and a directory, hints on
 // standard output, logs on standard error, SIGTERM, exit code 0.
 func TestServeCommand(t *testing.T) {

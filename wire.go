@@ -19,6 +19,12 @@ import (
 // drainSpread is the window over which clients that are told to go away come back.
 const drainSpread = 10 * time.Second
 
+// How long each may take to close, which together is less than what shutdownLimit leaves after a drain.
+const (
+	adminCloseLimit = 250 * time.Millisecond
+	edgeCloseLimit  = time.Second
+)
+
 // edgeID names this process's edge in sessions. With one process there is one.
 const edgeID = 1
 
@@ -137,14 +143,12 @@ func (m *Millrace) Drain(ctx context.Context) error {
 // Close stops everything, in the order in which work flows. What was answered is durable already.
 func (m *Millrace) Close() error {
 	m.closing.Store(true)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
 	var errs []error
 	if m.admin != nil {
-		errs = append(errs, m.admin.Close(ctx))
+		errs = append(errs, within(adminCloseLimit, m.admin.Close))
 	}
 	if m.edge != nil && m.edge.Addr() != "" {
-		errs = append(errs, m.edge.Stop(ctx))
+		errs = append(errs, within(edgeCloseLimit, m.edge.Stop))
 	}
 	if m.owner != nil {
 		m.owner.Close()
@@ -153,6 +157,13 @@ func (m *Millrace) Close() error {
 		errs = append(errs, m.store.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// within gives each step a time of its own: what is left by a slow one may be too little for the next.
+func within(limit time.Duration, step func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	return step(ctx)
 }
 
 // Alive is an error when only a restart can help.
