@@ -942,48 +942,105 @@ func testServerRestored(t *testing.T, restarted bool) {
 	})
 }
 
-// TestReceiptsAfter: receipts are asked for from where the application has seen them, also by the next process.
+// receiptsAfter is what the next process would ask for.
+func receiptsAfter(t *testing.T, path string) int64 {
+	t.Helper()
+	st, _, _, err := openState(osDisk{}, path, "default", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, st)
+	return st.receiptsAfter
+}
+
+// TestReceiptsAfter: receipts are asked for again until it is certain that the application has all of them.
 func TestReceiptsAfter(t *testing.T) {
-	bubble(t, func(t *testing.T, s *fakeServer) {
-		var asked []int64
-		s.onConnect = func(c *fakeSession, n int) bool { return false }
-		o := s.options("alice")
-		o.StatePath = filepath.Join(t.TempDir(), "state")
-		o.OnEvent = func(Event) {}
-		after := func() int64 {
-			st, _, _, err := openState(osDisk{}, o.StatePath, "default", time.Now())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer st.close()
-			return st.receiptsAfter
+	// A step of a connection: after a while a receipt comes that changed so long after (before) the connection stood.
+	type step struct{ wait, changed time.Duration }
+	const second, quiet = time.Second, receiptsQuiet
+	steady := func(n int) (steps []step) {
+		for i := range n {
+			steps = append(steps, step{second, time.Duration(i+1) * second})
 		}
-		c := mustDial(t, o)
-		receipt := func(ms int64) {
-			s.mu.Lock()
-			session := s.sessions["alice/default"]
-			s.mu.Unlock()
-			session.write(protocol.Frame{Kind: protocol.KindReceipt, Receipts: []protocol.Receipt{{Timestamp: ms, Position: uint64(ms), Receiver: []byte("bob")}}})
-		}
-		receipt(5000)
-		time.Sleep(receiptsQuiet + time.Second)
-		receipt(9000) // the last of several that have not all come
-		synctest.Wait()
-		if err := c.Close(); err != nil {
-			t.Fatal(err)
-		}
-		asked = append(asked, after())
-		c = mustDial(t, o)
-		receipt(9000)
-		time.Sleep(receiptsQuiet + time.Second)
-		if err := c.Close(); err != nil {
-			t.Fatal(err)
-		}
-		asked = append(asked, after())
-		if !slices.Equal(asked, []int64{5000, 9000}) {
-			t.Fatalf("stored %v", asked)
-		}
-	})
+		return steps
+	}
+	for name, c := range map[string]struct {
+		steps  []step
+		rest   time.Duration // until Close
+		silent bool          // no OnEvent
+		want   time.Duration // after the connection stood
+		none   bool
+		about  time.Duration // so much less is right, too
+	}{
+		"nothing comes":                  {rest: 2 * quiet, none: true},
+		"not yet certain":                {steps: []step{{second, second}}, rest: quiet - 2*second, none: true},
+		"certain":                        {steps: []step{{second, second}}, rest: quiet, want: second},
+		"in any order":                   {steps: []step{{second, -3 * second}, {0, -second}, {0, -2 * second}}, rest: quiet + second, want: -second},
+		"late, after a live one":         {steps: []step{{second, second}, {quiet - 2*second, -second}}, rest: quiet - second, none: true},
+		"slow":                           {steps: []step{{quiet - second, -9 * second}, {quiet - second, -3 * second}, {quiet - second, -5 * second}}, rest: quiet - second, none: true},
+		"slow, with live ones, and over": {steps: []step{{quiet - second, -9 * second}, {0, quiet}, {quiet - second, -3 * second}}, rest: quiet + second, want: quiet},
+		"steady live ones":               {steps: steady(300), about: 3 * quiet, want: 300 * second},
+		"without OnEvent":                {steps: []step{{second, second}}, rest: quiet, silent: true, want: second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, s *fakeServer) {
+				o := s.options("alice")
+				o.StatePath = filepath.Join(t.TempDir(), "state")
+				if !c.silent {
+					o.OnEvent = func(Event) {}
+				}
+				client := mustDial(t, o)
+				stood := time.Now()
+				s.mu.Lock()
+				session := s.sessions["alice/default"]
+				s.mu.Unlock()
+				for i, step := range c.steps {
+					time.Sleep(step.wait)
+					session.write(protocol.Frame{Kind: protocol.KindReceipt, Receipts: []protocol.Receipt{{
+						Timestamp: stood.Add(step.changed).UnixMilli(), Position: uint64(i + 1), Receiver: fmt.Append(nil, "user", i)}}})
+				}
+				time.Sleep(c.rest)
+				synctest.Wait()
+				if err := client.Close(); err != nil {
+					t.Fatal(err)
+				}
+				want := stood.Add(c.want).UnixMilli()
+				if c.none {
+					want = 0
+				}
+				if got := receiptsAfter(t, o.StatePath); got > want || got < want-c.about.Milliseconds() {
+					t.Fatalf("asks after %v, want %v (the connection stood at %v)", time.UnixMilli(got), time.UnixMilli(want), stood)
+				}
+			})
+		})
+	}
+}
+
+// TestReceiptsAfterWaitsForTheApplication: a receipt that OnEvent has not returned from is asked for again.
+func TestReceiptsAfterWaitsForTheApplication(t *testing.T) {
+	block := make(chan struct{})
+	q := newEventQueue(func(Event) { <-block })
+	add := func(ms int64, receiver string) {
+		q.add(Delivered{Position: uint64(ms), Receiver: receiver, At: time.UnixMilli(ms)})
+	}
+	q.connecting()
+	add(100, "bob")
+	q.mark()
+	add(200, "carol")
+	q.mark() // waits behind the first
+	block <- struct{}{}
+	if ms := q.settled(); ms == 200 {
+		t.Fatalf("settled %d, which the application does not have", ms)
+	}
+	block <- struct{}{} // it has come back from the first, and reached the mark
+	if ms := q.settled(); ms != 100 {
+		t.Fatalf("settled %d, want 100", ms)
+	}
+	q.mark()
+	q.close()
+	if ms := q.settled(); ms != 200 {
+		t.Fatalf("settled %d, want 200", ms)
+	}
 }
 
 func TestReceiptsOfOneConversationAreMerged(t *testing.T) {
@@ -1013,18 +1070,33 @@ func TestReceiptsOfOneConversationAreMerged(t *testing.T) {
 func TestLostReceiptStopsReceiptsAfter(t *testing.T) {
 	block := make(chan struct{})
 	q := newEventQueue(func(Event) { <-block })
-	q.connecting(100)
-	for i := range MaxEvents + 10 {
+	add := func(i int) {
 		q.add(Delivered{Position: 1, Receiver: fmt.Sprint("user", i), At: time.UnixMilli(int64(1000 + i))})
 	}
+	q.connecting()
+	for i := range MaxEvents {
+		add(i)
+	}
+	q.mark()
+	for i := range 10 {
+		add(MaxEvents + i)
+	}
+	q.mark()
+	q.connecting() // does not bring back what was dropped at once
 	close(block)
 	q.close()
-	if _, ok := q.settled(); ok {
-		t.Fatal("settled though receipts were lost")
+	if ms := q.settled(); ms != 0 {
+		t.Fatalf("settled %d though receipts were lost", ms)
 	}
-	q.connecting(100)
-	if ms, ok := q.settled(); !ok || ms != 100 {
-		t.Fatalf("the next connection asks after %d, %v", ms, ok)
+	q = newEventQueue(func(Event) {})
+	q.connecting()
+	q.lost = true
+	q.connecting()
+	add(5)
+	q.mark()
+	q.close()
+	if ms := q.settled(); ms != 1005 {
+		t.Fatalf("the next connection settled %d", ms)
 	}
 }
 

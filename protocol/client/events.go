@@ -59,6 +59,17 @@ func (GoingAway) event()    {}
 func (Delivered) event()    {}
 func (Answered) event()     {}
 
+// receiptsMark is not for the application: when its turn comes, the callback has returned from every receipt up to this
+// time, ms since 1970.
+type receiptsMark int64
+
+func (receiptsMark) event() {}
+
+func isMark(e Event) bool {
+	_, ok := e.(receiptsMark)
+	return ok
+}
+
 // eventQueue carries events to the application's callback, in order, on a goroutine of its own, so that a slow
 // callback does not hold up the connection.
 type eventQueue struct {
@@ -68,11 +79,10 @@ type eventQueue struct {
 
 	mu      sync.Mutex
 	list    []Event
-	busy    bool // the callback runs, with current
-	current Event
 	closed  bool  // nothing is added any more
-	applied int64 // the newest receipt that the callback has returned from, ms since 1970
-	lost    bool  // a receipt was dropped since the connection began
+	newest  int64 // receipt of this connection, ms since 1970; 0: none
+	lost    bool  // a receipt of this connection was dropped
+	applied int64 // the last mark that was reached
 }
 
 func newEventQueue(callback func(Event)) *eventQueue {
@@ -89,19 +99,21 @@ func newEventQueue(callback func(Event)) *eventQueue {
 func (q *eventQueue) add(e Event) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	switch {
-	case q.closed:
-		return
-	case q.callback == nil:
-		q.apply(e) // nobody wants receipts: they count as applied
+	d, receipt := e.(Delivered)
+	if receipt {
+		q.newest = max(q.newest, d.At.UnixMilli())
+	}
+	if q.closed || q.callback == nil {
 		return
 	}
-	if d, ok := e.(Delivered); ok {
+	if receipt {
 		q.supersede(d)
 	}
 	if len(q.list) >= MaxEvents {
-		_, receipt := q.list[0].(Delivered)
-		q.lost = q.lost || receipt
+		if _, receipt := q.list[0].(Delivered); receipt {
+			q.lost = true
+			q.list = slices.DeleteFunc(q.list, isMark) // it vouched for this one
+		}
 		q.list = slices.Delete(q.list, 0, 1)
 	}
 	q.list = append(q.list, e)
@@ -123,26 +135,33 @@ func (q *eventQueue) supersede(d Delivered) {
 	})
 }
 
-// apply notes that the application has an event; mu is held.
-func (q *eventQueue) apply(e Event) {
-	if d, ok := e.(Delivered); ok {
-		q.applied = max(q.applied, d.At.UnixMilli())
+// connecting begins a connection, on which the server sends again what was lost.
+func (q *eventQueue) connecting() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.newest, q.lost = 0, false
+}
+
+// mark says that every receipt up to the newest of this connection has come. They are settled when the callback has
+// returned from all that are queued now, unless one was dropped. Without a callback nobody wants them.
+func (q *eventQueue) mark() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch {
+	case q.lost || q.closed:
+	case q.callback == nil:
+		q.applied = max(q.applied, q.newest)
+	case !slices.ContainsFunc(q.list, isMark):
+		q.list = append(q.list, receiptsMark(q.newest))
+		q.signal()
 	}
 }
 
-// connecting begins a connection that asks for the receipts after a time.
-func (q *eventQueue) connecting(receiptsAfter int64) {
+// settled is up to when the application has all receipts, ms since 1970.
+func (q *eventQueue) settled() int64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.applied, q.lost = receiptsAfter, false
-}
-
-// settled is the newest receipt applied, when none waits and none was lost. The server sends the receipts of a connect
-// in no order, so the caller asks only when none has come for a while.
-func (q *eventQueue) settled() (receiptsAfter int64, ok bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.applied, len(q.list) == 0 && !q.busy && !q.lost
+	return q.applied
 }
 
 func (q *eventQueue) run() {
@@ -161,20 +180,20 @@ func (q *eventQueue) run() {
 	}
 }
 
-// take notes that the last event was applied and removes the next. What was queued before close is still handed out.
+// take removes the next event. What was queued before close is still handed out.
 func (q *eventQueue) take() (e Event, closed bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.busy {
-		q.apply(q.current)
+	for len(q.list) > 0 {
+		e = q.list[0]
+		q.list = slices.Delete(q.list, 0, 1)
+		if mark, ok := e.(receiptsMark); ok {
+			q.applied = max(q.applied, int64(mark))
+			continue
+		}
+		return e, false
 	}
-	q.busy, q.current = len(q.list) > 0, nil
-	if !q.busy {
-		return nil, q.closed
-	}
-	q.current = q.list[0]
-	q.list = slices.Delete(q.list, 0, 1)
-	return q.current, false
+	return nil, q.closed
 }
 
 // close lets what is queued be handed out and waits for the callback to return.

@@ -16,7 +16,7 @@ const (
 	maxTurn        = 256              // commands and connection events taken in one turn, so that they share one sync
 	eventBacklog   = 16               // WebSocket messages between reader and client; beyond, TCP holds the server back
 	goAwayPatience = 10 * time.Second // how long a server may take to close after go_away
-	receiptsQuiet  = 2 * time.Second  // without a receipt for so long, those of a connect have all come
+	receiptsQuiet  = 30 * time.Second // see settleReceipts
 
 	// pingPercent of the heartbeat without a byte make the client ask for one; the server's own ping comes at 100.
 	pingPercent = 125
@@ -61,7 +61,8 @@ type runner struct {
 	told       *serverFrame // the last error that was not about a send
 	goAwayMs   uint32
 	leaveAt    time.Time // zero, or when to stop waiting for the server to close
-	receiptAt  time.Time // when the last receipt came
+	standsMs   int64     // the server's clock when it began
+	receiptsBy time.Time // when all receipts have come; zero: nothing new since they had
 
 	wake time.Time // the earliest deadline found in this turn
 }
@@ -298,7 +299,7 @@ func (r *runner) connect(now time.Time) {
 	r.conn = newConn(r.life, r.options, r.fromNet)
 	r.begun, r.live, r.told, r.goAwayMs, r.leaveAt = now, false, nil, 0, time.Time{}
 	r.freshToken, r.renewing = false, false
-	r.events.connecting(r.state.receiptsAfter)
+	r.events.connecting()
 	source := r.options.Token
 	if !r.newToken {
 		source = nil
@@ -363,8 +364,10 @@ func (r *runner) frame(f *serverFrame, now time.Time) {
 	case protocol.KindIncoming:
 		r.inbox.pushed(Message{f.ID, f.Position, f.Sender, f.Receiver, f.Content}, now)
 	case protocol.KindReceipt:
-		r.receiptAt = now
 		for _, d := range f.Receipts {
+			if d.timestamp < r.standsMs || r.receiptsBy.IsZero() {
+				r.receiptsBy = now.Add(receiptsQuiet)
+			}
 			r.events.add(Delivered{d.id, d.position, d.seq, d.receiver, time.UnixMilli(d.timestamp)})
 		}
 	case protocol.KindRenew:
@@ -399,7 +402,8 @@ func (r *runner) connected(f *serverFrame, now time.Time) {
 		r.state.setUser(f.User)
 		r.sync = true
 	}
-	r.live, r.liveSince, r.receiptAt, r.pinged = true, now, now, false
+	r.live, r.liveSince, r.pinged = true, now, false
+	r.standsMs, r.receiptsBy = f.Timestamp, now.Add(receiptsQuiet)
 	r.heartbeat = time.Duration(f.HeartbeatSeconds) * time.Second
 	if r.heartbeat == 0 {
 		r.heartbeat = protocol.HeartbeatSeconds * time.Second
@@ -520,18 +524,22 @@ func (r *runner) obey(step Step, now time.Time) {
 	}
 }
 
-// settleReceipts moves what the next connect asks receipts after.
+// settleReceipts moves the time after which the next connect asks for receipts. What a connect brings again comes in any order, between
+// live receipts, perhaps late, and nothing marks its end. But all of it changed before the connection stood. So the old time is
+// kept until the connection has stood for receiptsQuiet and brought no receipt from before its time for as long; then the newest
+// receipt counts, once the application has it. Live receipts, however many, hold nothing up. The server repeats
+// protocol.ReceiptsSlackMillis, which covers what it brings late of them.
 func (r *runner) settleReceipts(now time.Time) {
-	if !r.live {
-		return
-	}
-	due := r.receiptAt.Add(receiptsQuiet)
-	if now.Before(due) {
-		r.wakeAt(due)
-		return
-	}
-	if ms, ok := r.events.settled(); ok && ms > r.state.receiptsAfter {
+	if ms := r.events.settled(); ms > r.state.receiptsAfter {
 		r.state.setReceiptsAfter(ms)
+	}
+	switch {
+	case !r.live || r.receiptsBy.IsZero():
+	case now.Before(r.receiptsBy):
+		r.wakeAt(r.receiptsBy)
+	default:
+		r.events.mark()
+		r.receiptsBy = time.Time{}
 	}
 }
 
