@@ -10,8 +10,8 @@ import (
 	"millrace/protocol"
 )
 
-// batchesInFlight is how many batches exist: one that syncs, one that waits for its turn, one being built.
-const batchesInFlight = 3
+// batchesInFlight is how many batches exist: one that syncs, and one that is being built or waits for its turn.
+const batchesInFlight = 2
 
 // pending is what callers handed in and no batch has taken yet, guarded by DB.mu.
 type pending struct {
