@@ -289,6 +289,7 @@ func (d *DB) fail(err error) {
 	defer d.mu.Unlock()
 	if d.pending.failed == nil {
 		d.pending.failed = fmt.Errorf("the store has failed: %w", err)
+		d.pending.trimUntil = time.Time{} // the log is left as it is
 		d.log.Error("the store has failed and refuses everything until a restart", "error", err)
 	}
 }
@@ -423,7 +424,7 @@ func (d *DB) settle(b *batch) {
 	p.waitingSends -= len(b.appends)
 	p.waitingBytes -= b.memory
 	p.inFlight--
-	if b.finishes && p.trimUntil.IsZero() {
+	if b.finishes && p.trimUntil.IsZero() && p.failed == nil {
 		p.trimUntil = time.Now().Add(trimInterval)
 		d.wakeLocked()
 	}

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -604,6 +605,36 @@ func TestCorruptRowStopsTheStore(t *testing.T) {
 	if r := <-refused; r.Code != protocol.CodeInternal {
 		t.Errorf("registration: %+v", r)
 	}
+}
+
+// TestFailedStoreRests: a store that has failed with a log to be trimmed waits for nothing but Close.
+func TestFailedStoreRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, err := Open(Config{Dir: "/data", FS: vfs.NewMem(), Shards: 1, MinFreeBytes: 1, stillSweeper: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := newAnswers()
+		d.Start(backend.Hooks{Answer: a.take})
+		d.Append(smallRecord(0))
+		synctest.Wait()
+		done := false
+		d.Commit(&backend.Commit{Urgent: true, LowWater: a.wait(1)[0].Position + 1, Done: func() { done = true }})
+		synctest.Wait()
+		d.fail(errors.New("a row"))
+		d.Commit(&backend.Commit{Urgent: true, LowWater: 1, Done: func() { t.Error("done after the failure") }})
+		synctest.Wait()
+		d.mu.Lock()
+		yes, until := d.pending.due(time.Now().Add(time.Hour))
+		d.mu.Unlock()
+		if !done || yes || !until.IsZero() {
+			t.Errorf("first commit done: %v; with nothing pending a batch is due: %v, or at %v", done, yes, until)
+		}
+		time.Sleep(time.Hour) // returns only if the bubble comes to rest
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestLargeCommit writes one commit that Pebble treats as too large for its memtable; it must be synced like any other.
