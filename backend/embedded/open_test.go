@@ -119,10 +119,10 @@ func TestNewDirectoriesSurviveAPowerCut(t *testing.T) {
 // TestDirectoryInAnUnreadableOne: what lies around a directory that was there need not be readable.
 func TestDirectoryInAnUnreadableOne(t *testing.T) {
 	fs := &closedFS{FS: vfs.NewMem(), closed: "/"}
-	if err := fs.MkdirAll("/home", 0o700); err != nil {
+	if err := fs.MkdirAll("/srv", 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, dir := range []string{"/home/chat/data", "/home"} {
+	for _, dir := range []string{"/srv/chat/data", "/srv"} {
 		open(t, Config{Dir: dir, FS: fs, Shards: 1})
 	}
 }
