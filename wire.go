@@ -52,6 +52,12 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	if err != nil {
 		return nil, fmt.Errorf("auth secret: %w", err)
 	}
+	if err := warnOfExposure(secretPath(cfg), log); err != nil {
+		return nil, err
+	}
+	if err := protectData(cfg.Data.Dir, log); err != nil {
+		return nil, err
+	}
 	m = &Millrace{table: router.NewTable(), done: make(chan error, 1)}
 	begun := m // m is nil where an error is returned
 	defer func() {
