@@ -19,6 +19,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/golang-jwt/jwt/v5"
 )
 
 var (
@@ -457,9 +459,23 @@ func TestBadSecretFiles(t *testing.T) {
 	}
 }
 
+// demandAgreement: what we accept the library's own parser accepts, with the same claims.
+func demandAgreement(t *testing.T, token string, c Claims) {
+	t.Helper()
+	claims := jwt.MapClaims{}
+	parser := jwt.NewParser(jwt.WithValidMethods([]string{"HS256"}), jwt.WithStrictDecoding(), jwt.WithoutClaimsValidation())
+	if _, err := parser.ParseWithClaims(token, claims, func(*jwt.Token) (any, error) { return testSecret, nil }); err != nil {
+		t.Fatalf("%q accepted, and the library says %v", token, err)
+	}
+	exp, ok := claims["exp"].(float64)
+	if claims["sub"] != c.User || !ok || int64(exp) != c.ExpiresAt.Unix() {
+		t.Fatalf("%q accepted as %+v, and the library says %v", token, c, claims)
+	}
+}
+
 func FuzzVerify(f *testing.F) {
 	for _, claims := range []string{`{"sub":"alice","exp":1700003600}`, `{"sub":"alice","exp":1}`, `{"sub":5}`, `null`, `{"sub":"alice","exp":1e308,"nbf":-0.5}`} {
-		for _, h := range []string{header, `{"alg":"none"}`, `{"alg":"HS256","crit":["x"]}`, `{"alg":"RS256"}`} {
+		for _, h := range []string{header, `{"alg":"none"}`, `{"alg":"HS256","crit":["x"]}`, `{"alg":"RS256"}`, `{"alg":"HS256","alg":"none"}`, `{"\u0061lg":"HS256","kid":"x"}`} {
 			f.Add([]byte(hmacToken(h, claims)), h, claims)
 		}
 	}
@@ -479,6 +495,7 @@ func FuzzVerify(f *testing.F) {
 				if token != text+"."+base64.RawURLEncoding.EncodeToString(mac.Sum(nil)) {
 					t.Fatalf("%q accepted, and its signature is wrong", token)
 				}
+				demandAgreement(t, token, c)
 			case c != Claims{} || errors.Is(err, ErrInvalid) == errors.Is(err, ErrExpired):
 				t.Fatalf("%q: %+v, %v", token, c, err)
 			case len(err.Error()) > 100:
