@@ -147,7 +147,7 @@ type entry struct {
 	receiver   string
 	deadlineMs int64
 	deliveries []delivery
-	replayed   bool // an earlier owner may have put it into mailboxes
+	replayed   bool // an earlier owner may have written its mailbox rows, or left it outstanding
 	acked      bool // by some device
 	finished   bool // in a commit that was given out or is being gathered
 }
@@ -433,7 +433,7 @@ func (o *Owner) firstAcknowledgement(e *entry) error {
 	if err := rc.load(o.cfg.Reader); err != nil {
 		return fmt.Errorf("read receipt: %w", err)
 	}
-	if e.finished { // it left an outstanding row
+	if e.finished || e.replayed { // it left an outstanding row, or an earlier owner did
 		if err := o.settleOutstanding(rc, e.position); err != nil {
 			return err
 		}
