@@ -75,8 +75,6 @@ type simClient struct {
 	wakesAt      int64  // the next turn that is scheduled; 0: none
 	stalledUntil int64
 	mutedUntil   int64
-	receiptAt    int64 // when the last receipt came
-	applied      int64 // the newest of all applied
 	lives        int
 
 	count uint64         // of mutations: the next number on the wire
@@ -117,7 +115,6 @@ func (c *simClient) connect() {
 	conn.session = session
 	c.conn, c.ready = conn, false
 	e.sessions[conn.id] = session
-	c.applied = c.disk.receiptsAt
 	s.after(300, func() { // a registration lost in a crash
 		if c.conn == conn && !c.ready {
 			c.drop("no connected")
@@ -286,7 +283,7 @@ func (c *simClient) send(to string) {
 
 func (c *simClient) connected(first uint64) {
 	c.sim.logf("%s connected, numbers from %d", c.name, first)
-	c.ready, c.first, c.receiptAt = true, first, c.sim.now
+	c.ready, c.first = true, first
 	c.breakRules(first)
 	c.outbox.Connected(first + c.taken())
 	c.pump()
@@ -395,16 +392,10 @@ func (c *simClient) acknowledge(conn *simConn, id protocol.MessageID) {
 	conn.up(func(s *simSession) { s.acknowledge(id) })
 }
 
-// receipt applies one. The next connect asks for what changed after the newest only when none came for a while: those of
-// a connect come in no order.
+// receipt applies one. They come in the order in which they changed, but for the slack, so the newest says at any time what
+// the next connection must ask for.
 func (c *simClient) receipt(r protocol.ReceiptPush) {
-	const quiet = 2000
+	c.sim.logf("%s gets the receipt of %s at %d, dated %d", c.name, r.Receiver, r.Position, r.Millis)
 	c.sim.truth.receipt(c, r)
-	c.applied, c.receiptAt = max(c.applied, r.Millis), c.sim.now
-	conn := c.conn
-	c.sim.after(quiet, func() {
-		if c.conn == conn && c.sim.now-c.receiptAt >= quiet {
-			c.disk.receiptsAt = max(c.disk.receiptsAt, c.applied)
-		}
-	})
+	c.disk.receiptsAt = max(c.disk.receiptsAt, r.Millis)
 }

@@ -55,7 +55,7 @@ type simEdge struct {
 	fence    uint64   // the number of the next
 	fenced   uint64   // the last that every owner answered
 	answered []uint64 // by shard
-	askedAt  int64
+	asking   bool     // a fence is asked for, or will be soon
 }
 
 func newSimEdge(s *sim, id uint32) *simEdge {
@@ -66,7 +66,7 @@ func newSimEdge(s *sim, id uint32) *simEdge {
 
 func (e *simEdge) begin() {
 	e.life++
-	e.unfenced, e.fence, e.fenced, e.answered = false, 1, 0, make([]uint64, len(e.sim.shards))
+	e.unfenced, e.asking, e.fence, e.fenced, e.answered = false, false, 1, 0, make([]uint64, len(e.sim.shards))
 }
 
 type simSession struct {
@@ -80,6 +80,7 @@ type simSession struct {
 	down         edge.Downlink
 	replay       edge.ReceiptReplay
 	pageFrom     *simOwner // who was asked for a page
+	receiptsFrom *simOwner // who was asked for a page of receipts
 }
 
 var simRate = edge.RateLimit{PerSecond: 2, Burst: 3}
@@ -139,6 +140,9 @@ func (e *simEdge) sweep() {
 	for _, id := range sortedKeys(e.sessions) {
 		if s := e.sessions[id]; s != nil && s.open {
 			s.effects(s.down.Sweep(uint32(e.sim.now/1000), s.buffered(), true, e.doneFence()))
+			if s.open && s.room() {
+				s.readReceipts()
+			}
 		}
 	}
 }
@@ -155,16 +159,26 @@ func (e *simEdge) settle(out protocol.Outcome) {
 	}, nil)
 }
 
-// requestFence asks every owner; one that crashes meanwhile never answers, so it asks again after a second.
-func (e *simEdge) requestFence() {
-	const patience = 1000
-	waiting := e.fenced+1 < e.fence
-	if waiting && e.sim.now-e.askedAt < patience || !waiting && !e.unfenced {
+// wantFence asks for a fence soon, when none is under way.
+func (e *simEdge) wantFence() {
+	if e.asking || !e.unfenced {
 		return
 	}
+	e.asking = true
+	life := e.life
+	e.sim.after(e.sim.rng.Int64N(100), func() {
+		if e.life == life {
+			e.requestFence()
+		}
+	})
+}
+
+// requestFence asks every owner. One that crashes meanwhile never answers, so it asks again after a second.
+func (e *simEdge) requestFence() {
+	const patience = 1000
 	f := protocol.Fence{Edge: e.id, Loop: e.life, Number: e.fence}
 	e.fence++
-	e.unfenced, e.askedAt = false, e.sim.now
+	e.unfenced = false
 	e.sim.logf("edge %d asks for fence %d", e.id, f.Number)
 	for _, sh := range e.sim.shards {
 		o := sh.owner
@@ -173,12 +187,21 @@ func (e *simEdge) requestFence() {
 			o.wake()
 		}, nil)
 	}
+	e.sim.after(patience, func() {
+		if e.life == f.Loop && e.fenced < f.Number && e.fence == f.Number+1 {
+			e.requestFence()
+		}
+	})
 }
 
 func (e *simEdge) fenceAnswered(shard int, number uint64) {
 	e.sim.logf("edge %d: owner %d answers fence %d", e.id, shard, number)
 	e.answered[shard] = max(e.answered[shard], number)
 	e.fenced = slices.Min(e.answered)
+	if e.fenced+1 == e.fence {
+		e.asking = false
+		e.wantFence()
+	}
 }
 
 // doneFence is what the downlinks are told.
@@ -252,23 +275,19 @@ func (s *simSession) readPage() {
 	r := protocol.PageRequest{Session: s.ref(), User: s.user, Device: s.device, Heir: s.down.Heir(), After: after, Limit: min(4, limit)}
 	o := sm.anyOwner()
 	s.pageFrom = o
-	o.receive(s.edge, func() {
-		o.server.ReadPage(r)
-		sm.after(sm.rng.Int64N(15), func() {
-			if !o.dead {
-				o.server.StepMailbox()
-			}
-		})
-	}, nil)
+	o.read(s.edge, func() { o.server.ReadPage(r) })
 }
 
 func (s *sim) anyOwner() *simOwner { return s.shards[s.rng.IntN(len(s.shards))].owner }
 
-// pageLost is what an edge makes of a backend that is gone.
-func (s *simSession) pageLost(o *simOwner) {
+// backendGone is what an edge makes of that.
+func (s *simSession) backendGone(o *simOwner) {
 	if s.pageFrom == o && s.open {
 		s.pageFrom = nil
 		s.down.PageFailed()
+	}
+	if s.receiptsFrom == o {
+		s.receiptsFrom = nil
 	}
 }
 
@@ -298,34 +317,48 @@ rows:
 	s.effects(s.down.EndPage(p.Next, p.End))
 }
 
-// readReceipts asks any backend, and another when that one is gone.
+// readReceipts asks any backend for the next page of the replay.
 func (s *simSession) readReceipts() {
 	sm := s.edge.sim
-	if !s.open || !s.replay.Active() {
+	if !s.replay.Active() || s.receiptsFrom != nil {
 		return
 	}
 	r := protocol.ReceiptsRequest{Session: s.ref(), User: s.user, After: s.replay.After(), Limit: 1 + sm.rng.IntN(3)}
 	o := sm.anyOwner()
-	o.receive(s.edge, func() {
-		o.server.ReadReceipts(r)
-		sm.after(sm.rng.Int64N(15), func() {
-			if o.dead {
-				s.readReceipts()
-				return
-			}
-			o.server.StepMailbox()
-		})
-	}, s.readReceipts)
+	s.receiptsFrom = o
+	o.read(s.edge, func() { o.server.ReadReceipts(r) })
 }
 
-func (s *simSession) receiptsPage(p protocol.ReceiptsPage) {
-	if p.Code == protocol.OK {
-		for _, r := range p.Receipts {
-			s.writeReceipt(r)
-		}
-		s.replay.Page(p.Next, p.End)
+// receiptsPage takes a page. One that could not be read is asked for again by the sweep.
+func (s *simSession) receiptsPage(p protocol.ReceiptsPage, from *simOwner) {
+	if s.receiptsFrom != from {
+		return
 	}
-	s.edge.sim.after(s.edge.sim.rng.Int64N(10), s.readReceipts)
+	s.receiptsFrom = nil
+	if p.Code != protocol.OK {
+		return
+	}
+	for _, r := range p.Receipts {
+		s.writeReceipt(r)
+	}
+	s.replay.Page(p.Next, p.End)
+	s.readReceipts()
+}
+
+// receipt takes a live receipt: not while a replay is under way, and not when a slow reader has no room for it.
+func (s *simSession) receipt(r protocol.ReceiptPush) {
+	if s.replay.Active() || !s.room() {
+		s.replay.Miss(r.Millis)
+		return
+	}
+	s.writeReceipt(r)
+}
+
+func (s *simSession) writeReceipt(r protocol.ReceiptPush) {
+	if r.Device != s.device || r.Epoch != s.epoch {
+		r.Seq = 0
+	}
+	s.conn.down(func(c *simClient) { c.receipt(r) })
 }
 
 func pendingOf(m *protocol.Message, userMailbox bool) edge.Pending {
@@ -351,27 +384,6 @@ func (s *simSession) write(m *protocol.Message) {
 	s.edge.sim.logf("edge %d writes %s to %s", s.edge.id, m.Content, s.conn.client.name)
 	s.edge.sim.truth.written(s.conn, m)
 	s.conn.down(func(c *simClient) { c.incoming(m) })
-}
-
-// receipt takes a live receipt, or misses it now and then as a loop with a full inbox does.
-func (s *simSession) receipt(r protocol.ReceiptPush) {
-	sm := s.edge.sim
-	switch {
-	case s.replay.Active():
-		s.replay.Miss(r.Millis)
-	case sm.opt.Slow && !sm.healed && sm.chance(10):
-		s.replay.Miss(r.Millis)
-		s.readReceipts()
-	default:
-		s.writeReceipt(r)
-	}
-}
-
-func (s *simSession) writeReceipt(r protocol.ReceiptPush) {
-	if r.Device != s.device || r.Epoch != s.epoch {
-		r.Seq = 0
-	}
-	s.conn.down(func(c *simClient) { c.receipt(r) })
 }
 
 func (s *simSession) answer(a protocol.Answer) {
@@ -426,8 +438,9 @@ func (s *simSession) publish(seq uint64, to, content string) (r protocol.Refusal
 func (s *simSession) acknowledge(id protocol.MessageID) {
 	p, ok, e := s.down.Acknowledge(id, s.room(), s.edge.fence, s.edge.doneFence())
 	if ok {
-		s.edge.unfenced = true
 		s.outcome(protocol.Acknowledged, p)
+		s.edge.unfenced = true
+		s.edge.wantFence()
 	}
 	s.effects(e)
 }

@@ -91,6 +91,17 @@ func (sh *simShard) wake() {
 	}
 }
 
+// tick is the ticker of every Server.
+func (sh *simShard) tick() {
+	for _, o := range sh.owners() {
+		for part := range o.scheduled {
+			if sh.sim.now >= o.ready && o.server.Step(part) {
+				o.wake()
+			}
+		}
+	}
+}
+
 func (sh *simShard) crash() {
 	sh.sim.logf("owner %d crashes", sh.number)
 	sh.sim.crashes++
@@ -137,8 +148,8 @@ func (o *simOwner) end() {
 	o.dead, o.writes = true, nil
 	for _, e := range o.shard.sim.edges {
 		for _, id := range sortedKeys(e.sessions) {
-			if session := e.sessions[id]; session.pageFrom == o {
-				o.shard.sim.after(o.shard.sim.rng.Int64N(50), func() { session.pageLost(o) })
+			if session := e.sessions[id]; session.pageFrom == o || session.receiptsFrom == o {
+				o.shard.sim.after(o.shard.sim.rng.Int64N(50), func() { session.backendGone(o) })
 			}
 		}
 	}
@@ -237,7 +248,19 @@ func (o *simOwner) page(p protocol.Page) {
 }
 
 func (o *simOwner) receiptsPage(p protocol.ReceiptsPage) {
-	o.toSession(p.To, func(s *simSession) { s.receiptsPage(p) }, nil)
+	o.toSession(p.To, func(s *simSession) { s.receiptsPage(p, o) }, nil)
+}
+
+// read asks for a reading, which is done some time later.
+func (o *simOwner) read(e *simEdge, ask func()) {
+	o.receive(e, func() {
+		ask()
+		o.shard.sim.after(o.shard.sim.rng.Int64N(15), func() {
+			if !o.dead {
+				o.server.StepMailbox()
+			}
+		})
+	}, nil)
 }
 
 func (o *simOwner) fenced(f protocol.Fence) {

@@ -222,7 +222,8 @@ func (r *simReader) Read(part int, dst []*backend.Record, max int) ([]*backend.R
 	return dst, nil
 }
 
-func (r *simReader) Load(part int, position uint64) (*backend.Record, error) {
+// load is what a store reads to write a mailbox row.
+func (r *simReader) load(part int, position uint64) (*backend.Record, error) {
 	s := r.owner.shard.sim
 	if s.readFails() {
 		return nil, errSimRead

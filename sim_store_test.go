@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -119,7 +120,7 @@ func (st *simStore) put(p backend.MailboxPut, o *simOwner, part int) bool {
 	r := p.Record
 	if r == nil {
 		var err error
-		if r, err = o.reader.Load(part, p.Position); err != nil {
+		if r, err = o.reader.load(part, p.Position); err != nil {
 			return false
 		}
 	}
@@ -192,18 +193,23 @@ func (st *simStore) commit(c *backend.Commit, o *simOwner) {
 	for _, r := range c.Outstanding {
 		outs = append(outs, always(func() {
 			if i, found := slices.BinarySearchFunc(st.outstanding, r, compareOutstanding); !found {
+				st.sim.logf("%s for %s is outstanding", simConversation(r.Conversation, r.Position), r.Addressee)
 				st.outstanding = slices.Insert(st.outstanding, i, r)
 			}
 		}))
 	}
 	for _, r := range c.Receipts {
-		receipts = append(receipts, always(func() { st.receipts[r.ReceiptKey] = st.mergeReceipt(st.receipts[r.ReceiptKey], r) }))
+		receipts = append(receipts, always(func() {
+			st.sim.logf("receipt of %s for %s: all up to %d, some up to %d, dated %d", r.Addressee, r.Sender, r.Delivered.Position, r.Top.Position, r.ChangedMs)
+			st.receipts[r.ReceiptKey] = st.mergeReceipt(st.receipts[r.ReceiptKey], r)
+		}))
 	}
 	for _, k := range c.Settled {
 		settled = append(settled, always(func() {
 			i, found := slices.BinarySearchFunc(st.outstanding, backend.OutstandingRow{Conversation: k.Conversation,
 				Addressee: k.Addressee, Mark: backend.Mark{Position: k.Position}}, compareOutstanding)
 			if found {
+				st.sim.logf("%s for %s is outstanding no more", simConversation(k.Conversation, k.Position), k.Addressee)
 				st.outstanding = slices.Delete(st.outstanding, i, i+1)
 			}
 		}))
@@ -252,6 +258,10 @@ func (st *simStore) commit(c *backend.Commit, o *simOwner) {
 	if idle {
 		st.sim.after(st.sim.rng.Int64N(20), func() { st.apply(o, c.Shard) })
 	}
+}
+
+func simConversation(key string, position uint64) string {
+	return fmt.Sprintf("%s@%d", strings.ReplaceAll(key, "\x00", "+"), position)
 }
 
 func (st *simStore) mergeReceipt(old, r backend.ReceiptRow) backend.ReceiptRow {
@@ -354,6 +364,13 @@ func (v simView) MailboxPage(user, device string, position uint64, id protocol.M
 		return nil, errSimRead
 	}
 	return v.simStore.MailboxPage(user, device, position, id, limit)
+}
+
+func (v simView) ReceiptsSince(sender string, since int64, yield func(backend.ReceiptRow) bool) error {
+	if v.sim.readFails() {
+		return errSimRead
+	}
+	return v.simStore.ReceiptsSince(sender, since, yield)
 }
 
 func (v simView) Commit(c *backend.Commit) {

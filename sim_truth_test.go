@@ -18,7 +18,7 @@ type simTruthSend struct {
 	life      string
 	answered  bool
 	refused   bool // for good, and the client knows it
-	rejected  bool // refused for good in some life of the client
+	rejected  bool // refused for good in one life of the client; another may send it again
 	durable   bool
 	durableAt int64
 	id        protocol.MessageID
@@ -118,7 +118,7 @@ func (t *simTruth) answered(content string, a protocol.Answer) {
 // refused takes a final refusal that the client has read.
 func (t *simTruth) refused(c *simClient, it *client.Item, code protocol.Code) {
 	s := t.sends[it.Text]
-	s.rejected = true
+	s.rejected = s.rejected || t.branched(c)
 	switch {
 	case code != protocol.CodeMailboxFull:
 		t.sim.violate("P6", "%s: final refusal %s of %s", c.name, code, it.Text)
@@ -244,7 +244,7 @@ func (t *simTruth) judgeWaiting() {
 }
 
 // judgeDelivered is P2: what was answered is on a screen of each addressed device. Not what was refused for good in another
-// life of the client: a number that was left behind by 64 counts as finished.
+// life of the client, since a number that was left behind by 64 counts as finished.
 func (t *simTruth) judgeDelivered() {
 	for _, s := range t.order {
 		if !s.answered || s.rejected {
@@ -283,7 +283,7 @@ func (t *simTruth) judgeOrder() {
 	last := map[string]*simTruthSend{}
 	used := map[string]*simTruthSend{}
 	for _, s := range t.order {
-		if s.position == 0 {
+		if s.position == 0 || s.rejected {
 			continue
 		}
 		conversation := backend.ConversationKey(s.user, s.to)

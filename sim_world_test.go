@@ -10,8 +10,8 @@ import (
 )
 
 // The simulation drives the code that serves and the code that clients run, with one goroutine and one seed:
-// backend.Server with its owners (Step, StepMailbox), edge.Uplink, edge.Downlink and edge.FullReceivers, router.Table, and
-// client.Outbox. Around them stand a queue that redelivers and contains doubles, a store that crashes between any two
+// backend.Server with its owners (Step, StepMailbox), edge.Uplink, edge.Downlink, edge.FullReceivers and edge.ReceiptReplay,
+// router.Table, and client.Outbox. Around them stand a queue that redelivers and contains doubles, a store that crashes between any two
 // writes and whose reads fail, owners that are replaced and go on for a while, several edges, slow readers, reconnects, restored
 // and cloned and crashing clients, first devices that register while messages arrive, a ninth device, full mailboxes, late
 // acknowledgements and clock steps. Time is the order of events. After a phase of faults everything heals, and P2–P6 and P8
@@ -132,7 +132,8 @@ const simStart = 1_700_000_000_000
 type simPlan struct {
 	seed    uint64
 	mut     string
-	opt     *simOptions // nil: drawn from the seed
+	opt     *simOptions       // nil: drawn from the seed
+	world   func(*simOptions) // changes what was drawn
 	skip    map[int]bool
 	tracing bool
 }
@@ -143,6 +144,8 @@ func newSim(p simPlan) *sim {
 	s.opt = drawOptions(rng)
 	if p.opt != nil {
 		s.opt = *p.opt
+	} else if p.world != nil {
+		p.world(&s.opt)
 	}
 	s.truth = newSimTruth(s)
 	s.store = newSimStore(s)
@@ -232,7 +235,7 @@ func (s *sim) shardOf(conversation uint64) *simShard {
 
 // run plays the faults, heals, and judges.
 func (s *sim) run() {
-	const faultsMs, healMs = 60_000, 120_000
+	const faultsMs, healMs = 60_000, 70_000
 	for _, c := range s.clients {
 		if s.opt.NewDevices && s.chance(3) {
 			s.after(s.rng.Int64N(faultsMs/2), c.connect) // its first connection comes late
@@ -247,15 +250,14 @@ func (s *sim) run() {
 	}
 	s.scheduleFaults(faultsMs)
 	for _, sh := range s.shards {
-		s.every(100, sh.wake)
+		s.every(200, sh.tick)
 	}
 	for _, e := range s.edges {
 		s.every(1000, e.sweep)
-		s.every(100, e.requestFence)
 	}
 	s.playUntil(faultsMs)
 	s.heal()
-	s.playUntil(faultsMs + healMs/2)
+	s.playUntil(faultsMs + healMs - 20_000)
 	s.truth.judgeWaiting()
 	for _, c := range s.clients { // whatever an acknowledgement lost in a crash left behind is drained by the next connection
 		if c.active() {
