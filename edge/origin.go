@@ -9,17 +9,26 @@ import (
 // origin is a web origin (RFC 6454) in lower case, its port always given.
 type origin struct{ scheme, host, port string }
 
-// parseOrigins reads a configured list. Each entry is scheme://host or scheme://host:port, nothing else.
+// parseOrigins reads a configured list.
 func parseOrigins(list []string) ([]origin, error) {
 	var all []origin
 	for _, text := range list {
-		o, ok := parseOrigin([]byte(text))
-		if !ok {
-			return nil, fmt.Errorf("origin %q is not http://host, https://host or either with :port", text)
+		if err := CheckOrigin(text); err != nil {
+			return nil, err
 		}
+		o, _ := parseOrigin([]byte(text))
 		all = append(all, o)
 	}
 	return all, nil
+}
+
+// CheckOrigin is an error if Config.Origins cannot have this entry, which names it: each is scheme://host or scheme://host:port,
+// nothing else.
+func CheckOrigin(text string) error {
+	if _, ok := parseOrigin([]byte(text)); !ok {
+		return fmt.Errorf("%q is not a web origin: expected https://host, http://host, or either with :port, and no wildcard", text)
+	}
+	return nil
 }
 
 func parseOrigin(b []byte) (o origin, ok bool) {
