@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+
+	"millrace/edge"
 )
 
 // Config is everything that a user can set, one struct per section. The settings table
@@ -156,11 +158,20 @@ func checkAddr(addr string) error {
 	return nil
 }
 
-// checkOrigin says what is wrong with a web origin. Browsers send scheme, host and port, never a path.
+// checkOrigin says what is wrong with a web origin. Browsers send scheme, host and port, never a path. What is good here is good for
+// the edge, which compares text: what no browser can send is refused here.
 func checkOrigin(origin string) error {
+	if err := edge.CheckOrigin(origin); err != nil {
+		return err
+	}
 	u, err := url.Parse(origin)
-	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-		return fmt.Errorf("%q is not a web origin: expected https://host, http://host, or either with :port", origin)
+	if err != nil {
+		return fmt.Errorf("%q is not a web origin: %w", origin, err)
+	}
+	if port := u.Port(); port != "" {
+		if n, err := parseCount(port); err != nil || n > 65535 {
+			return fmt.Errorf("%q is not a web origin: no port is above 65535", origin)
+		}
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"millrace/edge"
 )
 
 var update = flag.Bool("update", false, "rewrite the generated parts of README.md")
@@ -88,6 +90,24 @@ func TestValidateRefuses(t *testing.T) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+// TestOriginsAreCheckedAsTheEdgeDoes: what `config check` accepts must not be refused by serve, and none is accepted that no browser sends.
+func TestOriginsAreCheckedAsTheEdgeDoes(t *testing.T) {
+	for origin, good := range map[string]bool{
+		"https://example.org": true, "http://x:81": true, "https://EXAMPLE.org:443": true, "https://[::1]": true, "http://[::1]:8080": true, "http://192.0.2.1": true,
+		"https://*.example.org": false, "https://*": false, "http://x:": false, "http://x:99999": false, "http://x:http": false, "https://[::1": false, "http://::1": false,
+		"https://a b": false, "https://a\tb": false, "https://a.example/": false, "https://a.example?q": false, "https://a.example#f": false, "https://u@a.example": false,
+		"ws://a.example": false, "a.example": false, "null": false, "*": false, "https://": false, "https://:443": false, "https:a.example": false,
+	} {
+		err := checkOrigin(origin)
+		if (err == nil) != good || err != nil && !strings.Contains(err.Error(), "not a web origin") {
+			t.Errorf("%q: %v, want it accepted: %v", origin, err, good)
+		}
+		if good && edge.CheckOrigin(origin) != nil {
+			t.Errorf("%q: the edge refuses it", origin)
+		}
 	}
 }
 
