@@ -2,9 +2,11 @@ package embedded
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -355,6 +357,107 @@ func BenchmarkReads(b *testing.B) {
 			}
 		}
 	})
+	if err := d.Close(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// BenchmarkMailboxPage reads the first page of mailboxes in which 100 000 rows were just put and deleted: one that has none left, which is
+// what an heir's every drain reads; one that holds 64 new rows behind them; and one that was never used.
+func BenchmarkMailboxPage(b *testing.B) {
+	const deleted, waiting, each = 100_000, 64, 1000
+	d, err := Open(Config{Dir: b.TempDir(), Shards: 1, MinFreeBytes: 1 << 20})
+	if err != nil {
+		b.Fatal(err)
+	}
+	d.Start(backend.Hooks{})
+	commit := func(c *backend.Commit) {
+		done := make(chan struct{})
+		c.Urgent, c.Done = true, func() { close(done) }
+		d.Commit(c)
+		<-done
+	}
+	position := uint64(0)
+	put := func(c *backend.Commit, user string) backend.MailboxKey {
+		r := benchRecord(int(position) % benchCallers)
+		position++
+		r.Position = position
+		c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: user, Record: r, Position: position})
+		return backend.MailboxKey{User: user, Position: position, ID: r.ID}
+	}
+	for _, user := range []string{"emptied", "drained"} {
+		var keys []backend.MailboxKey
+		for range deleted / each {
+			c := &backend.Commit{}
+			for range each {
+				keys = append(keys, put(c, user))
+			}
+			commit(c)
+		}
+		c := &backend.Commit{}
+		for range waiting {
+			if user == "drained" {
+				put(c, user)
+			}
+		}
+		commit(c)
+		for first := 0; first < deleted; first += each {
+			commit(&backend.Commit{Acknowledged: keys[first : first+each]})
+		}
+	}
+	for _, c := range []struct {
+		user string
+		want int
+	}{{"emptied", 0}, {"drained", waiting}, {"stranger", 0}} {
+		b.Run(c.user, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if page, err := d.MailboxPage(c.user, "", 0, protocol.MessageID{}, waiting); err != nil || len(page) != c.want {
+					b.Fatal(len(page), err)
+				}
+			}
+		})
+	}
+	if err := d.Close(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// BenchmarkSweep is one step of the sweeper over rows that have not expired.
+func BenchmarkSweep(b *testing.B) {
+	d, err := Open(Config{Dir: b.TempDir(), Shards: 1, MinFreeBytes: 1 << 20, stillSweeper: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	d.Start(backend.Hooks{})
+	for range 100 { // 100 000 mailboxes and windows
+		c := &backend.Commit{Urgent: true}
+		done := make(chan struct{})
+		c.Done = func() { close(done) }
+		for range 1000 {
+			r := benchRecord(len(c.Mailbox))
+			r.Position = uint64(time.Now().UnixMilli()) << protocol.PositionShift
+			r.Receiver = fmt.Sprintf("user%d", rand.Uint32())
+			c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: r.Receiver, Device: "phone", Record: r, Position: r.Position})
+			row := backend.WindowRow{WindowKey: backend.WindowKey{Conversation: r.Receiver, Stream: r.Stream()}}
+			row.Finish(1)
+			c.Windows = append(c.Windows, row)
+		}
+		d.Commit(c)
+		<-done
+	}
+	if err := d.kv.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	now := time.Now()
+	b.ReportAllocs()
+	for b.Loop() {
+		d.sweeper.passed = d.sweeper.walking
+		if _, err := d.sweep(now, 0); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(d.count.sweptRows.Load())/float64(b.N), "rows/op")
 	if err := d.Close(); err != nil {
 		b.Fatal(err)
 	}

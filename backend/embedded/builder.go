@@ -312,12 +312,15 @@ func (s *builder) countMailbox(d *DB, user, device string, change int64) (*mailb
 	return c, nil
 }
 
-// findLow looks for the first row of a mailbox, in the database and in this batch. What the batch deletes is still seen.
+// findLow looks for the first row of a mailbox, in the database and in this batch.
 func (s *builder) findLow(d *DB, c *mailboxCount) error {
 	prefix := appendMailboxPrefix(nil, c.user, c.device)
 	lower := binary.BigEndian.AppendUint64(bytes.Clone(prefix), c.low)
 	first := c.lowPut
 	err := d.scan(lower, appendAfter(nil, prefix), func(key, _ []byte) (bool, error) {
+		if there := s.rows[string(key)]; there != nil && !*there {
+			return true, nil // this batch deletes it
+		}
 		if len(key) != len(prefix)+mailboxPlaceBytes {
 			return false, fmt.Errorf("mailbox key: %w", errRow)
 		}

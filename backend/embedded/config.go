@@ -43,8 +43,8 @@ const (
 
 	// Pebble. The memtable starts at 256 KiB and doubles up to this size as it is filled, so a small site does not pay for it.
 	memTableBytes = 64 << 20
-	cacheBytes    = 64 << 20
-	maxOpenFiles  = 384 // of the 512 descriptors that the root keeps from clients; the rest is for sockets, event loops and logs
+	cacheBytes    = 2*memTableBytes + 64<<20 // memtables, one filling and one being flushed, are taken out of it
+	maxOpenFiles  = 384                      // of the 512 descriptors that the root keeps from clients; the rest is for sockets, event loops and logs
 )
 
 // Config says where the data lies and how much may wait. Only Dir is required.
