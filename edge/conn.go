@@ -343,6 +343,9 @@ func (l *loop) refuse(c *conn, seq uint64, r protocol.Refusal, resendFrom uint64
 
 func (l *loop) error(c *conn, seq uint64, r protocol.Refusal, resendFrom uint64, text string) {
 	l.m.refusals[refusalIndex(r.Code)]++
+	if seq != 0 && (r.Code >= protocol.CodeRateLimited) != (r.RetryAfterMs != 0) {
+		l.m.unsound++ // a refusal can be retried exactly when it says when
+	}
 	f := &l.reply
 	f.Reset()
 	f.Kind = protocol.KindError

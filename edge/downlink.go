@@ -133,8 +133,7 @@ func (l *loop) push(p *protocol.Push) {
 	switch verdict {
 	case Write:
 		l.m.pushes++
-		l.pushed = true
-		l.emitMessage(c, m)
+		l.written(c, m)
 	case Skip:
 		l.m.drops[dropPushTwice]++
 	default:
@@ -142,6 +141,14 @@ func (l *loop) push(p *protocol.Push) {
 		l.outcome(c, protocol.Refused, &pending)
 	}
 	l.act(c, effects)
+}
+
+func (l *loop) written(c *conn, m *protocol.Message) {
+	l.pushed = true
+	l.emitMessage(c, m)
+	if c.down.InFlight() > protocol.MaxUnacknowledged {
+		l.m.overfull++
+	}
 }
 
 // overflow says that a push to a session was refused before it came here.
@@ -219,8 +226,7 @@ rows:
 		switch c.down.Row(pending, l.room(c, messageBytes+len(m.Content))) {
 		case Write:
 			l.m.drained++
-			l.pushed = true
-			l.emitMessage(c, m)
+			l.written(c, m)
 		case StopPage:
 			break rows
 		}

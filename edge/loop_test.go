@@ -1586,3 +1586,26 @@ func TestTooLargeIsSaid(t *testing.T) {
 		s.wants("error frame_too_large; close 1009")
 	})
 }
+
+// TestBrokenPromisesAreCounted: a refusal that says nothing of trying again, and a flight over its limit, as only a bug makes them.
+func TestBrokenPromisesAreCounted(t *testing.T) {
+	b := newBench(t, nil)
+	s := b.open(protocol.SubprotocolBinary, "alice", "phone")
+	b.live(s)
+	b.publish = func(*protocol.Submission) protocol.Refusal { return protocol.Refusal{Code: protocol.CodeOverloaded} }
+	s.frame(sendFrame(1, "x"))
+	s.conn.down.flight.pending = make([]Pending, protocol.MaxUnacknowledged+1)
+	b.l.begin()
+	b.l.written(s.conn, testMessage(1, "alice", "x"))
+	b.l.end()
+	b.pass(100 * time.Millisecond) // publishes the counters
+	got := map[string]float64{}
+	b.s.Metrics(func(name, _ string, _ bool, value float64, labels ...string) {
+		if name == "millrace_edge_invariant_violations_total" {
+			got[labels[1]] = value
+		}
+	})
+	if fmt.Sprint(got) != "map[P5:0 P6:1 P7:1]" {
+		t.Fatal(got)
+	}
+}

@@ -27,6 +27,8 @@ type counters struct {
 	pings               uint64 // from clients
 	panics              uint64
 	misaddressed        uint64 // refused: P5
+	unsound             uint64 // refusals: P6
+	overfull            uint64 // flights: P7
 	handshakes          [handshakeResults]uint64
 	refusals            [refusalCodes]uint64
 	closes              [closeReasons]uint64
@@ -177,6 +179,8 @@ func (m *counters) add(o *counters) {
 	m.pings += o.pings
 	m.panics += o.panics
 	m.misaddressed += o.misaddressed
+	m.unsound += o.unsound
+	m.overfull += o.overfull
 	addAll(m.handshakes[:], o.handshakes[:])
 	addAll(m.refusals[:], o.refusals[:])
 	addAll(m.closes[:], o.closes[:])
@@ -238,7 +242,10 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	count("receipts", "Receipts written to connections.", m.receipts)
 	count("client_pings", "Pings from clients.", m.pings)
 	count("panics", "Panics on event loops, each closed one connection.", m.panics)
-	count("invariant_violations", "Must be 0: what would have broken a promise and was stopped.", m.misaddressed, "promise", "P5")
+	const violations = "Must be 0: what has broken a promise, or would have and was stopped."
+	count("invariant_violations", violations, m.misaddressed, "promise", "P5")
+	count("invariant_violations", violations, m.unsound, "promise", "P6")
+	count("invariant_violations", violations, m.overfull, "promise", "P7")
 	for _, code := range protocol.Codes() {
 		if code != protocol.OK {
 			count("refusals", "Error frames by code.", m.refusals[refusalIndex(code)], "code", code.String())
