@@ -173,7 +173,7 @@ func within(limit time.Duration, step func(context.Context) error) error {
 }
 
 // Alive is an error when only a restart can help.
-func (m *Millrace) Alive() error { return m.edge.Alive() }
+func (m *Millrace) Alive() error { return errors.Join(m.edge.Alive(), m.store.Alive()) }
 
 // Ready lists what must hold for new clients to be sent here.
 func (m *Millrace) Ready() []Check {

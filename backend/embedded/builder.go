@@ -20,9 +20,13 @@ type builder struct {
 	lows    []lowWater // per shard
 	trimmed uint64     // the log holds nothing below
 
-	trimmedAt     time.Time
-	sinceTrim     int // records appended
-	sinceFlush    int // range tombstones written
+	trimmedAt  time.Time
+	sinceTrim  int // records appended
+	sinceFlush int // range tombstones written
+
+	before undo
+
+	// Of the batch being built.
 	day           uint16
 	key, value    []byte // scratch
 	windows       overlay[windowRow]
@@ -46,6 +50,28 @@ type mailboxCount struct {
 // lowEvery is after how many deletions the first row of a mailbox is looked for again: a page begins at most that many
 // deleted rows, and those of one batch, before it.
 const lowEvery = 64
+
+// undo is what build changes of the builder and a build that fails leaves as it was.
+type undo struct {
+	state      state
+	lows       []lowWater
+	trimmed    uint64
+	trimmedAt  time.Time
+	sinceTrim  int
+	sinceFlush int
+}
+
+func (s *builder) remember() {
+	u := &s.before
+	u.state, u.trimmed, u.trimmedAt, u.sinceTrim, u.sinceFlush = s.state, s.trimmed, s.trimmedAt, s.sinceTrim, s.sinceFlush
+	u.lows = append(u.lows[:0], s.lows...)
+}
+
+func (s *builder) undo() {
+	u := &s.before
+	s.state, s.trimmed, s.trimmedAt, s.sinceTrim, s.sinceFlush = u.state, u.trimmed, u.trimmedAt, u.sinceTrim, u.sinceFlush
+	copy(s.lows, u.lows)
+}
 
 type userDevices struct {
 	list  []backend.Device
@@ -90,8 +116,19 @@ func (s *builder) init(d *DB) {
 	d.count.mailboxRows.Store(s.mailboxRows)
 }
 
-// build fills b.kv, b.answers and the outcomes of b.registers. Its parts stand in the order of the batch.
+// build fills b.kv, b.answers and the outcomes of b.registers. When it fails it can be called again with the same batch.
 func (s *builder) build(d *DB, b *batch) error {
+	s.remember()
+	err := s.fill(d, b)
+	if err != nil {
+		s.undo()
+		b.clearBuilt()
+	}
+	return err
+}
+
+// fill does it. Its parts stand in the order of the batch.
+func (s *builder) fill(d *DB, b *batch) error {
 	s.stateDirty = false
 	s.day = day(d.nowMs())
 	s.windows.reset()

@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -19,6 +20,7 @@ type pending struct {
 	closing bool  // no new sends
 	stopped bool  // the committer has gone: nothing is taken any more
 	failed  error // the store cannot go on; only refusals from here on
+	stalled error // a read that fails and is tried again, nil if none does
 
 	appends   []*backend.Record
 	commits   []*backend.Commit
@@ -175,22 +177,35 @@ func (d *DB) newWrite() *pebble.Batch {
 
 // recycle drops every reference before b waits for its next use.
 func (b *batch) recycle() {
-	b.kv.Reset()
+	b.clearBuilt()
 	clear(b.appends)
 	b.appends = b.appends[:0]
+	clear(b.commits)
+	b.commits = b.commits[:0]
+	clear(b.registers)
+	b.registers = b.registers[:0]
+	b.expiry, b.memory, b.err, b.bytes = nil, 0, nil, 0
+}
+
+// clearBuilt takes back what build has made of what b took.
+func (b *batch) clearBuilt() {
+	b.kv.Reset()
 	for i := range b.perShard {
 		clear(b.perShard[i])
 		b.perShard[i] = b.perShard[i][:0]
 	}
 	clear(b.answers)
 	b.answers = b.answers[:0]
-	clear(b.commits)
-	b.commits = b.commits[:0]
-	clear(b.registers)
-	b.registers = b.registers[:0]
 	clear(b.full)
 	b.full = b.full[:0]
-	b.expiry, b.memory, b.puts, b.finishes, b.err, b.bytes = nil, 0, false, false, nil, 0
+	b.puts, b.finishes = false, false
+	for i := range b.registers {
+		r := &b.registers[i]
+		r.block, r.heir, r.refusal = 0, false, protocol.Refusal{}
+	}
+	if b.expiry != nil {
+		b.expiry.removed = [expireKinds]int{}
+	}
 }
 
 // runCommitter builds one batch after the other and hands them to the syncer. The channel is unbuffered: while
@@ -249,11 +264,11 @@ func (d *DB) next(b *batch) bool {
 	}
 }
 
-// write builds b and gives it to Pebble. An error here means that a row could not be read or is not one of ours: nothing
-// of b is written, and the store stops taking anything, for a batch left out would break the order of those behind it.
+// write builds b and gives it to Pebble. An error here means that a row could not be read, for good, or is not one of ours:
+// nothing of b is written, and the store stops taking anything, for a batch left out would break the order of those behind it.
 func (d *DB) write(b *batch) {
 	if b.err == nil {
-		b.err = d.builder.build(d, b)
+		b.err = d.insist(func() error { return d.builder.build(d, b) })
 	}
 	if b.err == nil {
 		if len(b.appends) > 0 {
@@ -281,6 +296,41 @@ func (d *DB) write(b *batch) {
 	if len(b.appends) > 0 {
 		d.at("after_append_before_sync")
 	}
+}
+
+// insist reads until a read succeeds that failed for a reason that may pass: too many open files, a disk or a network that
+// does not answer for a moment. Meanwhile sends gather until they are refused as overloaded. It gives up when the DB closes, and after
+// maxReadTries: then only a restart can help.
+func (d *DB) insist(read func() error) error {
+	for try := 1; ; try++ {
+		err := read()
+		if err == nil || !mayPass(err) || try >= maxReadTries {
+			if try > 1 {
+				d.stall(nil)
+			}
+			return err
+		}
+		d.count.readRetries.Add(1)
+		if try == 1 {
+			d.log.Error("the store waits: a read failed and is tried again", "error", err, "every", readRetry)
+			d.stall(err)
+		}
+		select {
+		case <-time.After(readRetry):
+		case <-d.closing:
+			try = maxReadTries - 1
+		}
+	}
+}
+
+func mayPass(err error) bool {
+	return !errors.Is(err, errRow) && !errors.Is(err, ErrNoRecord) && !errors.Is(err, ErrClosed) && !errors.Is(err, pebble.ErrCorruption)
+}
+
+func (d *DB) stall(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pending.stalled = err
 }
 
 // fail stops the store for good. The process goes on, so that an operator can see why.
@@ -313,7 +363,10 @@ func (d *DB) runSyncer() {
 
 // greet tells what a new owner must know: which mailboxes are full, which shards have something to read.
 func (d *DB) greet() {
-	if err := d.fullMailboxes(func(user, device string) { d.hooks.MailboxFull(user, device, true) }); err != nil {
+	err := d.insist(func() error {
+		return d.fullMailboxes(func(user, device string) { d.hooks.MailboxFull(user, device, true) })
+	})
+	if err != nil {
 		d.fail(err)
 	}
 	for i, s := range d.shards {

@@ -36,6 +36,9 @@ const (
 	defaultMinFreePercent = 5
 	ballastBytes          = 64 << 20 // or 1/16 of the mark, if that is less
 
+	readRetry    = time.Second // between two tries of a read that the store cannot go on without
+	maxReadTries = 60
+
 	retryOverloadedMs = 500
 	retryStoreFullMs  = 5_000
 	retryClosingMs    = 1_000

@@ -12,17 +12,26 @@ import (
 // errStoreFull is what Healthy says while sends are refused for want of disk space.
 var errStoreFull = errors.New("the disk is nearly full: new messages are refused")
 
-// Healthy says why the store does not take sends, nil if it does: the disk is nearly full, a sync takes over 10 s, the
-// store has failed, or it closes.
+// Alive is an error when only a restart can help: the store has failed and refuses everything.
+func (d *DB) Alive() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.pending.failed
+}
+
+// Healthy says why the store does not take sends, nil if it does: the disk is nearly full, a sync takes over 10 s, a read
+// fails, the store has failed, or it closes.
 func (d *DB) Healthy() error {
 	d.mu.Lock()
-	failed, closing := d.pending.failed, d.pending.closing
+	failed, stalled, closing := d.pending.failed, d.pending.stalled, d.pending.closing
 	d.mu.Unlock()
 	switch started := d.count.lastSync.Load(); {
 	case failed != nil:
 		return failed
 	case closing:
 		return ErrClosed
+	case stalled != nil:
+		return fmt.Errorf("a read of the store fails and is tried again: %w", stalled)
 	case d.space.full.Load():
 		return fmt.Errorf("%w (%d bytes free, %d needed)", errStoreFull, d.space.free.Load(), d.space.resume)
 	case started != 0 && time.Since(time.Unix(0, started)) > stuckSync:
@@ -43,6 +52,8 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	emit(p+"sync_seconds_total", "Time from handing a batch to the log until it was durable, over all batches.", true, float64(c.syncNanos.Load())/1e9)
 	emit(p+"trims_total", "Times the log was trimmed.", true, float64(c.trims.Load()))
 	emit(p+"log_reads_total", "Records read back from the log, after a restart or by a shard that lagged.", true, float64(c.diskReads.Load()))
+
+	emit(p+"read_retries_total", "Reads that failed and that everything waited for.", true, float64(c.readRetries.Load()))
 
 	const refused, refusedHelp = p + "refused_total", "Records refused, by reason."
 	emit(refused, refusedHelp, true, float64(c.refusedWaiting.Load()), "reason", "waiting_for_sync")

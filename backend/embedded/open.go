@@ -68,6 +68,7 @@ type DB struct {
 	syncing chan *batch   // committer → syncer, unbuffered: at most one batch syncs while one is built
 	free    chan *batch   // syncer → committer, for reuse
 	kick    chan struct{} // wakes the committer; capacity 1
+	closing chan struct{} // closed when Close begins
 	stop    chan struct{} // closed when the committer and the syncer are done
 	workers sync.WaitGroup
 
@@ -111,6 +112,7 @@ func Open(cfg Config) (*DB, error) {
 		syncing: make(chan *batch),
 		free:    make(chan *batch, batchesInFlight),
 		kick:    make(chan struct{}, 1),
+		closing: make(chan struct{}),
 		stop:    make(chan struct{}),
 	}
 	if err := d.open(); err != nil {
@@ -369,6 +371,7 @@ func (d *DB) Close() error {
 		return ErrClosed
 	}
 	d.pending.closing = true
+	close(d.closing)
 	started := d.pending.started
 	d.wakeLocked()
 	d.mu.Unlock()
@@ -400,6 +403,8 @@ type counters struct {
 	diskReads atomic.Uint64 // records that Read took from the log
 	gone      atomic.Uint64 // unfinished records that were not in the log
 	early     atomic.Uint64 // batches of answers before their sync
+
+	readRetries atomic.Uint64
 
 	refusedWaiting atomic.Uint64
 	refusedLag     atomic.Uint64
