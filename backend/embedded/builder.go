@@ -139,10 +139,8 @@ func (s *builder) fill(d *DB, b *batch) error {
 	s.streams.reset()
 
 	s.appendRecords(b)
-	for _, c := range b.commits {
-		if err := s.addCommit(d, b, c); err != nil {
-			return fmt.Errorf("commit: %w", err)
-		}
+	if err := s.addCommits(d, b); err != nil {
+		return fmt.Errorf("commit: %w", err)
 	}
 	for i := range b.registers {
 		if err := s.register(d, &b.registers[i]); err != nil {
@@ -194,60 +192,94 @@ func (s *builder) appendRecords(b *batch) {
 	s.stateDirty = s.stateDirty || len(b.appends) > 0
 }
 
-func (s *builder) addCommit(d *DB, b *batch, c *backend.Commit) error {
-	for i := range c.Mailbox {
-		if err := s.putMailbox(d, b, &c.Mailbox[i]); err != nil {
-			return fmt.Errorf("put mailbox row: %w", err)
+// addCommits adds the rows of the commits, in order, until the batch is full, and leaves the rest in b.
+func (s *builder) addCommits(d *DB, b *batch) error {
+	before, rows := b.kv.Len(), 0
+	for n, c := range b.commits {
+		row, of := 0, commitRows(c)
+		if n == 0 {
+			row = b.firstRow
 		}
+		for ; row < of; row++ {
+			if b.kv.Len()-before+rows*rowCost >= maxBatchBytes {
+				b.complete, b.nextRow = n, row
+				return nil
+			}
+			if err := s.addRow(d, b, c, row); err != nil {
+				return err
+			}
+			rows++
+		}
+		b.finishes = b.finishes || c.LowWater > 0 || len(c.Windows) > 0
 	}
-	for i := range c.Outstanding {
+	b.complete, b.nextRow = len(b.commits), 0
+	return nil
+}
+
+// commitRows is the number of rows of a commit.
+func commitRows(c *backend.Commit) int {
+	return len(c.Mailbox) + len(c.Outstanding) + len(c.Receipts) + len(c.Settled) + len(c.Acknowledged) + len(c.Windows)
+}
+
+// addRow adds one row of a commit, counted over all its fields in the order in which they may be applied.
+func (s *builder) addRow(d *DB, b *batch, c *backend.Commit, i int) (err error) {
+	if i < len(c.Mailbox) {
+		if err = s.putMailbox(d, b, &c.Mailbox[i]); err != nil {
+			err = fmt.Errorf("put mailbox row: %w", err)
+		}
+		return err
+	}
+	if i -= len(c.Mailbox); i < len(c.Outstanding) {
 		o := &c.Outstanding[i]
 		s.key = appendOutstandingKey(s.key[:0], o.Conversation, o.Addressee, o.Position)
 		s.value = appendOutstanding(s.value[:0], &o.Mark)
-		if err := b.kv.Set(s.key, s.value, nil); err != nil {
-			return err
-		}
+		return b.kv.Set(s.key, s.value, nil)
 	}
-	for i := range c.Receipts {
-		r := &c.Receipts[i]
-		s.key = appendReceiptKey(s.key[:0], &r.ReceiptKey)
-		old, err := row(d, s.receipts, s.key, decodeReceipt)
-		if err != nil {
-			return err
-		}
-		mergeReceipt(old, r)
-		if r.ChangedMs > s.receiptMs {
-			s.receiptMs, s.stateDirty = r.ChangedMs, true
-		}
+	if i -= len(c.Outstanding); i < len(c.Receipts) {
+		return s.putReceipt(d, &c.Receipts[i])
 	}
-	for _, o := range c.Settled {
+	if i -= len(c.Receipts); i < len(c.Settled) {
+		o := &c.Settled[i]
 		s.key = appendOutstandingKey(s.key[:0], o.Conversation, o.Addressee, o.Position)
-		if err := b.kv.Delete(s.key, nil); err != nil {
-			return err
-		}
+		return b.kv.Delete(s.key, nil)
 	}
-	for i := range c.Acknowledged {
-		if err := s.deleteMailbox(d, b, &c.Acknowledged[i]); err != nil {
-			return fmt.Errorf("delete mailbox row: %w", err)
+	if i -= len(c.Settled); i < len(c.Acknowledged) {
+		if err = s.deleteMailbox(d, b, &c.Acknowledged[i]); err != nil {
+			err = fmt.Errorf("delete mailbox row: %w", err)
 		}
+		return err
 	}
-	for i := range c.Windows {
-		w := &c.Windows[i]
-		s.key = appendWindowKey(s.key[:0], &w.WindowKey)
-		old, err := row(d, s.windows, s.key, decodeWindow)
-		if err != nil {
-			return err
-		}
-		newest := old.Blocks[0].Block
-		old.Merge(&w.Window)
-		if old.day < s.day || old.Blocks[0].Block > newest {
-			old.day = max(old.day, s.day)
-			if err := s.useStream(d, &w.Stream, old.Blocks[0].Block); err != nil {
-				return fmt.Errorf("date stream: %w", err)
-			}
-		}
+	return s.putWindow(d, &c.Windows[i-len(c.Acknowledged)])
+}
+
+func (s *builder) putReceipt(d *DB, r *backend.ReceiptRow) error {
+	s.key = appendReceiptKey(s.key[:0], &r.ReceiptKey)
+	old, err := row(d, s.receipts, s.key, decodeReceipt)
+	if err != nil {
+		return err
 	}
-	b.finishes = b.finishes || c.LowWater > 0 || len(c.Windows) > 0
+	mergeReceipt(old, r)
+	if r.ChangedMs > s.receiptMs {
+		s.receiptMs, s.stateDirty = r.ChangedMs, true
+	}
+	return nil
+}
+
+func (s *builder) putWindow(d *DB, w *backend.WindowRow) error {
+	s.key = appendWindowKey(s.key[:0], &w.WindowKey)
+	old, err := row(d, s.windows, s.key, decodeWindow)
+	if err != nil {
+		return err
+	}
+	newest := old.Blocks[0].Block
+	old.Merge(&w.Window)
+	if old.day >= s.day && old.Blocks[0].Block <= newest {
+		return nil
+	}
+	old.day = max(old.day, s.day)
+	if err := s.useStream(d, &w.Stream, old.Blocks[0].Block); err != nil {
+		return fmt.Errorf("date stream: %w", err)
+	}
 	return nil
 }
 

@@ -3,6 +3,7 @@ package embedded
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -24,6 +25,7 @@ type pending struct {
 
 	appends   []*backend.Record
 	commits   []*backend.Commit
+	firstRow  int // of commits[0]: those before went with an earlier batch
 	registers []registration
 	expiry    *expiry // at most one: the sweeper waits for it
 
@@ -102,6 +104,7 @@ func (p *pending) take(b *batch) {
 		p.appends = dropFirst(p.appends, n)
 	}
 
+	b.firstRow, p.firstRow = p.firstRow, 0
 	n, size := 0, 0
 	for ; n < len(p.commits) && (n == 0 || size < maxCommitBytes); n++ {
 		size += commitSize(p.commits[n])
@@ -121,6 +124,18 @@ func (p *pending) take(b *batch) {
 	p.registers = dropFirst(p.registers, n)
 
 	b.expiry, p.expiry = p.expiry, nil
+}
+
+// giveBack takes the commits back that did not fit b, the first of them from b.nextRow on.
+func (p *pending) giveBack(b *batch) {
+	rest := b.commits[b.complete:]
+	p.commits = slices.Insert(p.commits, 0, rest...)
+	for _, c := range rest {
+		p.commitBytes += commitSize(c)
+	}
+	p.firstRow, p.urgent = b.nextRow, true // they have waited
+	clear(rest)
+	b.commits = b.commits[:b.complete]
 }
 
 func dropFirst[T any](list []T, n int) []T {
@@ -148,12 +163,15 @@ type batch struct {
 	perShard  [][]*backend.Record // the same records
 	answers   []protocol.Answer
 	commits   []*backend.Commit
+	firstRow  int // of commits[0]
+	complete  int // set by build: so many commits end in b, and
+	nextRow   int // of the next one the rows from here on do not fit
 	registers []registration
 	expiry    *expiry
 	full      []fullChange
 	memory    int64 // what its records hold of MaxWaitingBytes
 	puts      bool  // it has mailbox rows
-	finishes  bool  // it raises a low water
+	finishes  bool  // it ends a commit that raises a low water
 	err       error // nothing of it was written
 
 	bytes     int       // written to the log of Pebble, 0 if there was nothing to write
@@ -184,7 +202,7 @@ func (b *batch) recycle() {
 	b.commits = b.commits[:0]
 	clear(b.registers)
 	b.registers = b.registers[:0]
-	b.expiry, b.memory, b.err, b.bytes = nil, 0, nil, 0
+	b.expiry, b.firstRow, b.memory, b.err, b.bytes = nil, 0, 0, nil, 0
 }
 
 // clearBuilt takes back what build has made of what b took.
@@ -198,7 +216,7 @@ func (b *batch) clearBuilt() {
 	b.answers = b.answers[:0]
 	clear(b.full)
 	b.full = b.full[:0]
-	b.puts, b.finishes = false, false
+	b.complete, b.nextRow, b.puts, b.finishes = 0, 0, false, false
 	for i := range b.registers {
 		r := &b.registers[i]
 		r.block, r.heir, r.refusal = 0, false, protocol.Refusal{}
@@ -269,6 +287,11 @@ func (d *DB) next(b *batch) bool {
 func (d *DB) write(b *batch) {
 	if b.err == nil {
 		b.err = d.insist(func() error { return d.builder.build(d, b) })
+	}
+	if b.err == nil && b.complete < len(b.commits) {
+		d.mu.Lock()
+		d.pending.giveBack(b)
+		d.mu.Unlock()
 	}
 	if b.err == nil {
 		if len(b.appends) > 0 {

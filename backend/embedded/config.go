@@ -16,7 +16,8 @@ import (
 
 // Limits of the implementation. What a Config field of the same meaning can change is its default.
 const (
-	maxBatchBytes       = 1 << 20 // of one batch: about 3 500 records, a few milliseconds of WAL
+	maxBatchBytes       = 1 << 20 // of the sends of a batch, about 3 500 records, and as much of progress: a few milliseconds of WAL each
+	rowCost             = 256     // what each row of progress counts besides its bytes: it is read before it is written
 	defaultWaitingBytes = 64 << 20
 	defaultWaitingSends = 65_536
 	defaultLag          = 5 * time.Second

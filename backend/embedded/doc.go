@@ -8,7 +8,7 @@
 //	Commit ──►            batch k+1 is built while batch k syncs        │  ──► ring of the shard ──► Read
 //	Register ►                                                          └──► Commit.Done, Register's done
 //
-// A batch is everything pending, up to 1 MiB, and starts as soon as the one before it is in Pebble: under load
+// A batch is everything pending, up to 1 MiB of sends and 1 MiB of progress, and starts as soon as the one before it is in Pebble: under load
 // the fsync sets the pace and batches grow by themselves; a lone send waits for nothing. Pebble shows a write before it is
 // durable, so nothing is answered, put into a ring or reported done before SyncWait returned for its batch; batches
 // pass the syncer in order.

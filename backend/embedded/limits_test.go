@@ -637,30 +637,187 @@ func TestFailedStoreRests(t *testing.T) {
 	})
 }
 
-// TestLargeCommit writes one commit that Pebble treats as too large for its memtable; it must be synced like any other.
-func TestLargeCommit(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	d := open(t, Config{FS: mem, Shards: 1})
-	d.Start(backend.Hooks{})
-	const rows = 12_000 // of 4 000 bytes: 48 MB, over half a memtable
-	content := make([]byte, protocol.MaxContentBytes)
-	c := &backend.Commit{Urgent: true}
-	for n := range rows {
-		r := smallRecord(n)
-		r.Position, r.Content = uint64(n+1), content
-		c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: "bob", Record: r, Position: r.Position})
+// largeCommit has n rows of every kind; those of mailboxes are the largest possible, copied with the commit or, if there are
+// records, named by their positions in the log.
+func largeCommit(n int, records []*backend.Record) *backend.Commit {
+	c := &backend.Commit{Urgent: true, LowWater: 1}
+	for i := range n {
+		r, position := (*backend.Record)(nil), uint64(0)
+		if len(records) > 0 {
+			position = records[i%len(records)].Position
+		} else {
+			position = uint64(i + 1)
+			r = smallRecord(i)
+			r.Position, r.Content = position, make([]byte, protocol.MaxContentBytes)
+		}
+		user := fmt.Sprintf("user%d", i)
+		c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: user, Record: r, Position: position})
+		c.Outstanding = append(c.Outstanding, backend.OutstandingRow{Conversation: "c", Addressee: user, Mark: backend.Mark{Position: position}})
+		c.Receipts = append(c.Receipts, backend.ReceiptRow{ReceiptKey: backend.ReceiptKey{Sender: "s", Conversation: "c", Addressee: user}, ChangedMs: 1})
+		c.Settled = append(c.Settled, backend.OutstandingKey{Conversation: "c", Addressee: user, Position: position + 1})
+		c.Acknowledged = append(c.Acknowledged, backend.MailboxKey{User: user, Position: position + 1})
+		w := backend.WindowRow{WindowKey: backend.WindowKey{Conversation: "c", Stream: backend.Stream{User: user}}}
+		w.Finish(protocol.FirstSeq(0))
+		c.Windows = append(c.Windows, w)
 	}
+	return c
+}
+
+// largeCommitPart says how far a commit of largeCommit is on the disk: how many rows of each kind, in the order of Commit.
+func largeCommitPart(t *testing.T, d *DB) (rows [4]int) {
+	t.Helper()
+	for i, prefix := range []byte{rangeMailbox, rangeOutstanding, rangeReceipts, rangeWindows} {
+		err := d.scan([]byte{prefix}, []byte{prefix + 1}, func(_, _ []byte) (bool, error) {
+			rows[i]++
+			return true, nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return rows
+}
+
+// TestLargeCommitIsSplit: P7, no commit makes a batch larger than its limit, whether its records come with it or lie in the log, and
+// each row goes into one batch, in order.
+func TestLargeCommitIsSplit(t *testing.T) {
+	for _, logged := range []bool{false, true} {
+		t.Run(fmt.Sprintf("logged=%v", logged), func(t *testing.T) {
+			d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
+			b := d.newBatch()
+			var records []*backend.Record
+			if logged {
+				records = []*backend.Record{smallRecord(0), smallRecord(1)}
+				for _, r := range records {
+					r.Content = make([]byte, protocol.MaxContentBytes)
+				}
+				b.appends = append(b.appends, records...)
+				if err := errors.Join(d.builder.build(d, b), d.kv.Apply(b.kv, pebble.Sync)); err != nil {
+					t.Fatal(err)
+				}
+				b.recycle()
+			}
+			const rows = 3000
+			commits := []*backend.Commit{{LowWater: 1}, largeCommit(rows, records), largeCommit(1, records), {LowWater: 2}}
+			var p pending
+			for _, c := range commits {
+				p.addCommit(c)
+			}
+			var complete []*backend.Commit
+			batches, before := 0, [4]int{}
+			for ; len(p.commits) > 0; batches++ {
+				if yes, _ := p.due(time.Now()); !yes {
+					t.Fatalf("after %d batches nothing is due", batches)
+				}
+				p.take(b)
+				if err := d.builder.build(d, b); err != nil {
+					t.Fatal(err)
+				}
+				if b.complete < len(b.commits) {
+					p.giveBack(b)
+				}
+				if n := b.kv.Len(); n > maxBatchBytes+maxBatchBytes/4 {
+					t.Fatalf("batch %d has %d bytes", batches, n)
+				}
+				if err := d.kv.Apply(b.kv, pebble.Sync); err != nil {
+					t.Fatal(err)
+				}
+				part := largeCommitPart(t, d)
+				for i := range part {
+					if part[i] < before[i] || i > 0 && part[i] > 0 && part[i-1] < rows {
+						t.Fatalf("after batch %d the rows are %v", batches, part)
+					}
+				}
+				complete = append(complete, b.commits...)
+				before = part
+				b.recycle()
+			}
+			if want := [4]int{rows, rows, rows, rows}; before != want || !slices.Equal(complete, commits) {
+				t.Fatalf("rows %v, want %v; %d of %d commits are complete", before, want, len(complete), len(commits))
+			}
+			if least := rows * protocol.MaxContentBytes / maxBatchBytes; batches < least || batches > 2*least {
+				t.Errorf("%d batches, want about %d", batches, least)
+			}
+			if p.commitBytes != 0 || p.firstRow != 0 {
+				t.Errorf("nothing is pending, of %d bytes, from row %d on", p.commitBytes, p.firstRow)
+			}
+			if err := errors.Join(checkCounts(d), checkStreams(d)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestSendPassesALargeCommit: P7, a send does not wait for the end of somebody else's large commit.
+func TestSendPassesALargeCommit(t *testing.T) {
+	fs := &slowFS{FS: vfs.NewMem()}
+	d := open(t, Config{FS: fs, Shards: 1})
+	g := newGate()
+	fs.onSync(g.wait)
+	var finished atomic.Bool
+	early := make(chan bool, 1)
+	d.Start(backend.Hooks{Answer: func([]protocol.Answer) { early <- !finished.Load() }})
+	c := largeCommit(3000, nil)
 	done := make(chan struct{})
-	c.Done = func() { close(done) }
+	c.Done = func() { finished.Store(true); close(done) }
 	d.Commit(c)
-	<-done
-	crashed := open(t, Config{FS: mem.CrashClone(vfs.CrashCloneCfg{}), Shards: 1})
-	if crashed.count.mailboxRows.Load() != rows {
-		t.Fatalf("%d of %d mailbox rows survived", crashed.count.mailboxRows.Load(), rows)
+	<-g.entered
+	if refusal := d.Append(smallRecord(0)); refusal.Code != protocol.OK {
+		t.Fatal(refusal)
 	}
-	page, err := crashed.MailboxPage("bob", "", rows-1, protocol.MessageID{}, 5)
-	if err != nil || len(page) != 2 {
-		t.Fatalf("the last page has %d rows, %v", len(page), err)
+	close(g.open)
+	if !<-early {
+		t.Error("the send was answered after the commit")
+	}
+	<-done
+}
+
+// TestCrashInALargeCommit: what a power cut leaves of a commit is a part of it in order, with exact counts, and the same commit
+// again makes it whole.
+func TestCrashInALargeCommit(t *testing.T) {
+	const rows = 1000
+	mem := vfs.NewCrashableMem()
+	var disks []*vfs.MemFS
+	done := false
+	d := open(t, Config{FS: mem, Shards: 1, atPoint: func(name string) {
+		if name == "after_mailbox_write" && !done { // called by the syncer, as Done
+			disks = append(disks, mem.CrashClone(vfs.CrashCloneCfg{}))
+		}
+	}})
+	d.Start(backend.Hooks{})
+	commit := func(d *DB) {
+		ended := make(chan struct{})
+		c := largeCommit(rows, nil)
+		c.Done = func() { done = true; close(ended) }
+		d.Commit(c)
+		<-ended
+	}
+	commit(d)
+	want := largeCommitPart(t, d)
+	parts := 0
+	for i, disk := range disks {
+		d := open(t, Config{FS: disk, Shards: 1})
+		d.Start(backend.Hooks{})
+		part := largeCommitPart(t, d)
+		if part[0] == 0 || part[0] < rows && part[1] > 0 {
+			t.Fatalf("crash %d left %v", i, part)
+		}
+		if part[0] < rows {
+			parts++
+		}
+		if err := checkCounts(d); err != nil {
+			t.Fatalf("crash %d: %v", i, err)
+		}
+		commit(d)
+		if again := largeCommitPart(t, d); again != want {
+			t.Fatalf("crash %d: the commit again made %v, want %v", i, again, want)
+		}
+		if err := errors.Join(checkCounts(d), checkStreams(d)); err != nil {
+			t.Fatalf("crash %d: %v", i, err)
+		}
+	}
+	if parts < 2 {
+		t.Errorf("%d crashes were in the middle of the mailbox rows", parts)
 	}
 }
 
