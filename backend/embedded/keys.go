@@ -27,6 +27,8 @@ var (
 	keyIdentity = []byte{rangeMeta, 'i'}
 	keyState    = []byte{rangeMeta, 's'}
 	keyAgeClock = []byte{rangeMeta, 'a'}
+	// keyFullLimit is the row limit that the rows of full mailboxes go by.
+	keyFullLimit = []byte{rangeMeta, 'f'}
 )
 
 // The functions below append a key to dst, which the caller reuses: Pebble copies keys.

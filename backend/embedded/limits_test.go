@@ -392,6 +392,81 @@ func TestLogIsTrimmedWhenIdle(t *testing.T) {
 	}
 }
 
+// TestMailboxLimitChanges: another limit holds for mailboxes as they are, in both directions; what a new owner is told agrees with it.
+func TestMailboxLimitChanges(t *testing.T) {
+	fs := vfs.NewMem()
+	var mu sync.Mutex
+	var full map[string]bool
+	start := func(limit int) *DB {
+		d := open(t, Config{FS: fs, Shards: 1, MailboxRows: limit})
+		full = make(map[string]bool)
+		d.Start(backend.Hooks{MailboxFull: func(user, device string, is bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			full[user+"/"+device] = is
+		}})
+		return d
+	}
+	key := func(n int) backend.MailboxKey {
+		return backend.MailboxKey{User: "bob", Device: "phone", Position: uint64(n + 1), ID: smallRecord(n).ID}
+	}
+	commit := func(d *DB, first, rows int, put bool) {
+		c := &backend.Commit{Urgent: true}
+		for n := first; n < first+rows; n++ {
+			if !put {
+				c.Acknowledged = append(c.Acknowledged, key(n))
+				continue
+			}
+			r := smallRecord(n)
+			r.Position = key(n).Position
+			c.Mailbox = append(c.Mailbox, backend.MailboxPut{User: "bob", Device: "phone", Record: r, Position: r.Position})
+		}
+		done := make(chan struct{})
+		c.Done = func() { close(done) }
+		d.Commit(c)
+		<-done // after greet, which comes first
+	}
+	is := func(what string, want bool) {
+		t.Helper()
+		mu.Lock()
+		defer mu.Unlock()
+		if full["bob/phone"] != want || full["alice/"] || len(full) > 1 {
+			t.Fatalf("%s: full %v, want %v", what, full, want)
+		}
+	}
+	d := start(5)
+	commit(d, 0, 7, true)
+	c := &backend.Commit{}
+	r := smallRecord(0)
+	c.Mailbox = []backend.MailboxPut{{User: "alice", Record: r, Position: 1}}
+	d.Commit(c)
+	is("7 of 5", true)
+	d.closeNow(t)
+
+	d = start(10)
+	commit(d, 0, 0, true)
+	is("7 of 10", false)
+	commit(d, 7, 3, true)
+	is("10 of 10", true)
+	commit(d, 0, 3, false)
+	is("7 of 10, drained", false)
+	d.closeNow(t)
+
+	d = start(7)
+	commit(d, 0, 0, true)
+	is("7 of 7", true)
+	d.closeNow(t)
+	d = start(7)
+	commit(d, 0, 0, true)
+	is("7 of 7 again", true)
+	commit(d, 3, 7, false)
+	is("empty", false)
+	d.closeNow(t)
+	d = start(7)
+	commit(d, 0, 0, true)
+	is("empty, started again", false)
+}
+
 // TestStoreFull moves the free space: sends are refused under the mark, commits are not, and sends resume by themselves.
 func TestStoreFull(t *testing.T) {
 	fs := vfs.NewMem()

@@ -147,7 +147,13 @@ func (d *DB) open() (err error) {
 	if err := d.loadIdentity(); err != nil {
 		return err
 	}
-	return d.recover()
+	if err := d.recover(); err != nil {
+		return err
+	}
+	if err := d.applyLimit(); err != nil {
+		return fmt.Errorf("apply the mailbox limit: %w", err)
+	}
+	return nil
 }
 
 // makeDir creates dir and those above it that are missing, readable by their owner only, and makes their entries durable. It

@@ -189,22 +189,6 @@ func (d *DB) ReceiptsSince(sender string, since int64, yield func(backend.Receip
 	return nil
 }
 
-// fullMailboxes calls yield for every mailbox that is at its limit.
-func (d *DB) fullMailboxes(yield func(user, device string)) error {
-	err := d.scan([]byte{rangeFull}, []byte{rangeFull + 1}, func(key, _ []byte) (bool, error) {
-		user, device, ok := bytes.Cut(key[1:], []byte{0})
-		if !ok {
-			return false, fmt.Errorf("full mailbox key: %w", errRow)
-		}
-		yield(string(user), string(device))
-		return true, nil
-	})
-	if err != nil {
-		return fmt.Errorf("read full mailboxes: %w", err)
-	}
-	return nil
-}
-
 // rowsOf adds to a count of rows and keeps it in its 32 bits: a count that were wrong must not wrap around.
 func rowsOf(rows uint32, change int64) uint32 {
 	return uint32(min(max(int64(rows)+change, 0), math.MaxUint32))
