@@ -26,7 +26,7 @@
 // a conversation has a uvarint length before it, except where it ends the key.
 //
 //	range        key                                        value
-//	meta         'M' name                                   identity (32 bytes); state: last position, mailbox rows, last receipt
+//	meta         'M' name                                   identity (32 bytes); state: last position, mailbox rows, last receipt; age clock; mailbox limit
 //	log          'l' position(8)                            record
 //	windows      'w' conversation user 0 device 0 epoch(8)  day of last use, up to four blocks
 //	streams      's' user 0 device 0 epoch(8)               next block, day of last use

@@ -35,8 +35,9 @@ var ErrClosed = errors.New("embedded: closed")
 // ErrNoRecord says that the log has no record at a position: it was never given, or its record is finished.
 var ErrNoRecord = errors.New("no record at this position")
 
-// formatVersion is what FORMAT holds. It is raised when an older version must not open the directory.
-const formatVersion = 1
+// formatVersion is what FORMAT holds. It is raised when an older version must not open the directory. Format 2 has longer
+// counts and states; rows of format 1 are read as they are, so a directory of format 1 is taken over.
+const formatVersion = 2
 
 const formatPrefix = "millrace data format "
 
@@ -224,9 +225,12 @@ func checkFormat(fs vfs.FS, dir string) error {
 	if !found || err != nil || n < 1 {
 		return fmt.Errorf("%w: %s does not say %q and a number", ErrFormat, name, formatPrefix)
 	}
-	if n != formatVersion {
-		return fmt.Errorf("%w: %s has format %d, this version reads format %d; use the millrace that wrote it, or a newer one",
+	switch {
+	case n > formatVersion:
+		return fmt.Errorf("%w: %s has format %d, this version reads formats up to %d; use the millrace that wrote it, or a newer one",
 			ErrFormat, dir, n, formatVersion)
+	case n < formatVersion: // before the first row that an older version would take for damaged
+		return writeFormat(fs, dir, name)
 	}
 	return nil
 }

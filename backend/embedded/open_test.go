@@ -2,14 +2,18 @@ package embedded
 
 import (
 	"bufio"
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"millrace/backend"
@@ -160,7 +164,7 @@ func TestIdentityIsMadeOnce(t *testing.T) {
 
 func TestOtherFormatIsRefused(t *testing.T) {
 	for _, c := range []struct{ text, want string }{
-		{"millrace data format 2\n", "format 2"},
+		{"millrace data format 3\n", "format 3"},
 		{"millrace data format 0\n", "does not say"},
 		{"something else", "does not say"},
 		{"", "does not say"},
@@ -184,6 +188,78 @@ func TestOtherFormatIsRefused(t *testing.T) {
 		// The refusal left no lock behind.
 		if _, err := Open(Config{Dir: "/data", FS: fs}); errors.Is(err, ErrLocked) {
 			t.Errorf("FORMAT %q: %v", c.text, err)
+		}
+	}
+}
+
+// TestFormat1IsTakenOver: what a directory of format 1 holds is there, goes on as it would have, and belongs to this format from then on.
+func TestFormat1IsTakenOver(t *testing.T) {
+	fs := vfs.NewMem()
+	open(t, Config{FS: fs}).closeNow(t) // for Pebble's files
+	o := pebbleOptions(fs, slog.New(slog.DiscardHandler), os.Exit, &stallCounts{})
+	kv, err := pebble.Open("/data/db", o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const position = 1_692_841_226_860 << protocol.PositionShift
+	r := smallRecord(0)
+	r.AcceptedMs = protocol.PositionMillis(position)
+	be := binary.BigEndian
+	identity := bytes.Repeat([]byte{7}, 32)
+	stream := r.Stream()
+	for _, row := range []struct{ key, value []byte }{
+		{keyIdentity, identity},
+		{keyState, be.AppendUint64(be.AppendUint64([]byte{1}, position), 2)},
+		{appendLogKey(nil, position), appendRecord(nil, r)},
+		{appendMailboxKey(nil, "bob", "phone", 5, &r.ID), appendRecord(nil, r)},
+		{appendMailboxKey(nil, "bob", "phone", 9, &r.ID), appendRecord(nil, r)},
+		{appendMailboxName(nil, rangeCounts, "bob", "phone"), be.AppendUint32([]byte{1}, 2)},
+		{appendStreamKey(nil, &stream), []byte{1, 0, 0, 0, 4, 0x4c, 0x8a}},
+		{appendDevicesKey(nil, "alice"), append([]byte{1, 1, 5}, "phone"...)},
+	} {
+		if err := kv.Set(row.key, row.value, pebble.Sync); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(kv.Delete(keyFullLimit, pebble.Sync), kv.Close()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := fs.Create("/data/FORMAT", vfs.WriteCategoryUnspecified)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write([]byte("millrace data format 1\n"))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+
+	for again := range 2 {
+		d := open(t, Config{FS: fs, Shards: 1, MailboxRows: 2})
+		full := make(chan string, 1)
+		d.Start(backend.Hooks{MailboxFull: func(user, device string, _ bool) { full <- user + "/" + device }})
+		if got := <-full; got != "bob/phone" {
+			t.Errorf("the full mailbox is %s", got)
+		}
+		if id := d.Identity(); !bytes.Equal(id[:], identity) {
+			t.Error("the identity has changed")
+		}
+		if records, err := d.Read(0, nil, 10); err != nil || len(records) != 1 || records[0].Position != position {
+			t.Errorf("the log: %v, %v", records, err)
+		}
+		if page, err := d.MailboxPage("bob", "phone", 5, protocol.MessageID{0: 0xff}, 10); err != nil || len(page) != 1 || page[0].Position != 9 {
+			t.Errorf("the mailbox: %v, %v", page, err)
+		}
+		drawn := make(chan uint32)
+		d.Register(stream, func(block uint32, heir bool, _ protocol.Refusal) { drawn <- block })
+		if block := <-drawn; block != uint32(4+again) {
+			t.Errorf("block %d was drawn, want %d", block, 4+again)
+		}
+		if err := checkCounts(d); err != nil {
+			t.Error(err)
+		}
+		d.closeNow(t)
+		if text, err := readFile(fs, "/data/FORMAT"); err != nil || string(text) != "millrace data format 2\n" {
+			t.Errorf("FORMAT says %q, %v", text, err)
 		}
 	}
 }

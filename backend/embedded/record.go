@@ -236,7 +236,7 @@ func appendCount(dst []byte, c countRow) []byte {
 	return binary.BigEndian.AppendUint16(dst, c.removed)
 }
 
-// decodeCount also takes the rows of the first versions, which end with the number of rows.
+// decodeCount also takes the rows of format 1, which end with the number of rows.
 func decodeCount(value []byte) (c countRow, err error) {
 	d := decoder{rest: value}
 	d.version()
@@ -248,7 +248,7 @@ func decodeCount(value []byte) (c countRow, err error) {
 }
 
 // state is what a restart must know of the whole and cannot find in the rows: they are deleted in time. Stored as
-// version (1), last position (8), mailbox rows (8), last receipt in ms (6).
+// version (1), last position (8), mailbox rows (8), last receipt in ms (6), which the first states of format 1 lack.
 type state struct {
 	last        uint64 // the last position given, ever
 	mailboxRows uint64 // in all mailboxes
@@ -264,7 +264,10 @@ func appendState(dst []byte, s *state) []byte {
 func decodeState(value []byte) (s state, err error) {
 	d := decoder{rest: value}
 	d.version()
-	s.last, s.mailboxRows, s.receiptMs = d.uint64(), d.uint64(), int64(d.uint48())
+	s.last, s.mailboxRows = d.uint64(), d.uint64()
+	if len(d.rest) > 0 {
+		s.receiptMs = int64(d.uint48())
+	}
 	return s, d.end("state")
 }
 
