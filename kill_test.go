@@ -111,6 +111,7 @@ func TestKill(t *testing.T) {
 			t.Errorf("crash point %s was never tried", point.name)
 		}
 	}
+	wantNoViolations(t, s.admin())
 	t.Logf("%d kills in all; %d answered, %d shown; %s", *kills, v.Answered, v.Shown, v)
 	if !v.OK() || v.Open > 0 || v.Answered == 0 {
 		t.Errorf("%d sends are open; %s\nthe last server said:\n%s", v.Open, v, s.log())
@@ -142,6 +143,7 @@ func killAgainAndAgain(t *testing.T, s *victim, times int) map[string]int {
 		case early: // killed while it read what its predecessor left
 		case crash == "":
 			s.liveFor(time.Duration(50+rand.IntN(250)) * time.Millisecond)
+			wantNoViolations(t, s.admin())
 			s.kill()
 		default:
 			s.liveFor(killPatience)
@@ -347,8 +349,9 @@ type victim struct {
 	process *exec.Cmd
 	exited  chan struct{} // closed when the process has been waited for
 
-	mu    sync.Mutex
-	lines []string // guarded by mu: the last that it said
+	mu        sync.Mutex
+	lines     []string // guarded by mu: the last that it said
+	adminAddr string   // guarded by mu
 }
 
 // newVictim builds the binary, with build tags if tags is not empty; without it there is nothing to test.
@@ -423,6 +426,11 @@ func (s *victim) watch(process *exec.Cmd, said *bufio.Scanner, serving, exited c
 		}
 		s.mu.Unlock()
 		if serving != nil && strings.Contains(line, "msg=serving") {
+			_, rest, _ := strings.Cut(line, " admin=")
+			addr, _, _ := strings.Cut(rest, " ")
+			s.mu.Lock()
+			s.adminAddr = addr
+			s.mu.Unlock()
 			close(serving)
 			serving = nil
 		}
@@ -464,6 +472,13 @@ func (s *victim) waitStatus() syscall.WaitStatus {
 	<-s.exited
 	status, _ := s.process.ProcessState.Sys().(syscall.WaitStatus)
 	return status
+}
+
+// admin is the admin address of the server that was last heard to serve.
+func (s *victim) admin() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.adminAddr
 }
 
 func (s *victim) log() string {

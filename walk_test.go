@@ -89,6 +89,7 @@ func (s *walkServer) start() {
 
 func (s *walkServer) stop() {
 	s.t.Helper()
+	wantNoViolations(s.t, s.AdminAddr())
 	if err := s.Close(); err != nil {
 		s.t.Errorf("close: %v", err)
 	}
