@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -334,11 +335,8 @@ func (c *Client) Receive(ctx context.Context) (Message, error) {
 // server is told. When it returns, that holds even if this process is killed; within AcknowledgeDelay it holds
 // for a power cut too. It works offline, and after a final error until Close.
 func (c *Client) Acknowledge(ctx context.Context, messages ...Message) error {
-	ids := make([]protocol.MessageID, len(messages))
-	for i, m := range messages {
-		ids[i] = m.ID
-	}
-	return c.do(ctx, func(r *runner, reply func(error)) { r.acknowledge(ids, reply) })
+	messages = slices.Clone(messages) // the caller may go on with it when ctx ends
+	return c.do(ctx, func(r *runner, reply func(error)) { r.acknowledge(messages, reply) })
 }
 
 // Unsent lists the sends that have not ended, in the order in which they were given.

@@ -299,6 +299,32 @@ func TestP3ShownOnceAcrossRestarts(t *testing.T) {
 	})
 }
 
+// TestShownThoughTheClockWasWrong: the clock stands at 2000 when a message of 2025 is acknowledged, and is right when the client
+// starts again.
+func TestShownThoughTheClockWasWrong(t *testing.T) {
+	bubble(t, func(t *testing.T, s *fakeServer) {
+		o := s.options("bob")
+		o.StatePath = filepath.Join(t.TempDir(), "state")
+		bob := mustDial(t, o)
+		today := time.Date(2025, 6, 1, 0, 0, 0, 0, time.UTC)
+		s.position = uint64(today.UnixMilli()) << protocol.PositionShift
+		s.give("alice", "bob", "hi")
+		m := mustReceive(t, bob)
+		mustAcknowledge(t, bob, m)
+		if err := bob.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, _, _, err := openState(osDisk{}, o.StatePath, "default", today.Add(time.Hour))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer mustClose(t, st)
+		if !st.shown.has(m.ID) {
+			t.Fatal("the message would be shown again")
+		}
+	})
+}
+
 // TestNotAcknowledgedComesAgain: a message that the application had in hand when it died is received again.
 func TestNotAcknowledgedComesAgain(t *testing.T) {
 	bubble(t, func(t *testing.T, s *fakeServer) {
@@ -796,12 +822,20 @@ func TestRenewOneAtATime(t *testing.T) {
 			if calls.Add(1) == 1 {
 				return "alice", nil
 			}
-			return fmt.Sprint("alice:", calls.Load()), <-answers
+			select {
+			case err := <-answers:
+				return fmt.Sprint("alice:", calls.Load()), err
+			case <-ctx.Done():
+				return "", ctx.Err()
+			}
 		}
 		mustDial(t, o)
-		s.mu.Lock()
-		session := s.sessions["alice/default"]
-		s.mu.Unlock()
+		connection := func() *fakeSession {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.sessions["alice/default"]
+		}
+		session := connection()
 		for i, answer := range []error{errors.New("the issuer is down"), nil} {
 			for range 100 {
 				session.write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
@@ -814,9 +848,19 @@ func TestRenewOneAtATime(t *testing.T) {
 			synctest.Wait()
 		}
 		s.mu.Lock()
-		defer s.mu.Unlock()
 		if session.token != "alice:3" || s.connects != 1 {
 			t.Fatalf("token %q after %d connections", session.token, s.connects)
+		}
+		s.mu.Unlock()
+		// A connection that breaks meanwhile does not keep the next one from renewing.
+		session.write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
+		synctest.Wait()
+		s.dropAll()
+		time.Sleep(time.Second)
+		connection().write(protocol.Frame{Kind: protocol.KindRenew, ExpiresInMs: 60_000})
+		synctest.Wait()
+		if n := calls.Load(); n != 5 {
+			t.Fatalf("%d calls, want one more after a new connection", n)
 		}
 	})
 }
@@ -1027,7 +1071,12 @@ func TestReceiptsAfterWaitsForTheApplication(t *testing.T) {
 	add(100, "bob")
 	q.mark()
 	add(200, "carol")
-	q.mark() // waits behind the first
+	q.mark() // there is one
+	q.mu.Lock()
+	if len(q.list) > 3 {
+		t.Fatalf("two marks wait: %v", q.list)
+	}
+	q.mu.Unlock()
 	block <- struct{}{}
 	if ms := q.settled(); ms == 200 {
 		t.Fatalf("settled %d, which the application does not have", ms)
@@ -1333,7 +1382,7 @@ func TestInboxOfABrokenConnection(t *testing.T) {
 		t.Fatalf("%d messages wait, want 1", len(b.queue))
 	}
 	b.taken()
-	if !b.acknowledged(testID(1), epochStart) || b.acknowledged(testID(1), epochStart) {
+	if !b.acknowledged(shownID{id: testID(1)}, epochStart) || b.acknowledged(shownID{id: testID(1)}, epochStart) {
 		t.Fatal("an acknowledgement is new once")
 	}
 	if b.due(epochStart, false) || !b.due(epochStart, true) || !b.due(epochStart.Add(AcknowledgeDelay), false) {

@@ -80,7 +80,7 @@ type eventQueue struct {
 	mu      sync.Mutex
 	list    []Event
 	closed  bool  // nothing is added any more
-	newest  int64 // receipt of this connection, ms since 1970; 0: none
+	newest  int64 // receipt, ms since 1970; 0: none
 	lost    bool  // a receipt of this connection was dropped
 	applied int64 // the last mark that was reached
 }
@@ -139,11 +139,11 @@ func (q *eventQueue) supersede(d Delivered) {
 func (q *eventQueue) connecting() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.newest, q.lost = 0, false
+	q.lost = false
 }
 
-// mark says that every receipt up to the newest of this connection has come. They are settled when the callback has
-// returned from all that are queued now, unless one was dropped. Without a callback nobody wants them.
+// mark says that every receipt up to the newest has come. They are settled when the callback has returned from all that are
+// queued now, unless one was dropped. Without a callback nobody wants them.
 func (q *eventQueue) mark() {
 	q.mu.Lock()
 	defer q.mu.Unlock()

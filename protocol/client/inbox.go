@@ -63,10 +63,10 @@ func (b *inbox) taken() {
 }
 
 // acknowledged notes that the application has stored or shown a message, and reports whether that is new.
-func (b *inbox) acknowledged(id protocol.MessageID, now time.Time) bool {
-	delete(b.pending, id)
-	fresh := b.shown.add(id, uint32(now.UnixMilli()/millisPerDay))
-	b.addAck(id, now)
+func (b *inbox) acknowledged(e shownID, now time.Time) bool {
+	delete(b.pending, e.id)
+	fresh := b.shown.add(e)
+	b.addAck(e.id, now)
 	return fresh
 }
 

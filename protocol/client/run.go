@@ -62,7 +62,7 @@ type runner struct {
 	goAwayMs   uint32
 	leaveAt    time.Time // zero, or when to stop waiting for the server to close
 	standsMs   int64     // the server's clock when it began
-	receiptsBy time.Time // when all receipts have come; zero: nothing new since they had
+	receiptsBy time.Time // when all receipts will have come; zero: none has come since they had
 
 	wake time.Time // the earliest deadline found in this turn
 }
@@ -227,11 +227,11 @@ func (r *runner) withdraw(local uint64, reply func(error)) {
 	})
 }
 
-func (r *runner) acknowledge(ids []protocol.MessageID, reply func(error)) {
+func (r *runner) acknowledge(messages []Message, reply func(error)) {
 	now := time.Now()
-	for _, id := range ids {
-		if r.inbox.acknowledged(id, now) {
-			r.state.showed(id, now)
+	for _, m := range messages {
+		if e := shownOf(m, now); r.inbox.acknowledged(e, now) {
+			r.state.showed(e)
 			if r.syncBy.IsZero() {
 				r.syncBy = now.Add(AcknowledgeDelay)
 			}
@@ -403,7 +403,7 @@ func (r *runner) connected(f *serverFrame, now time.Time) {
 		r.sync = true
 	}
 	r.live, r.liveSince, r.pinged = true, now, false
-	r.standsMs, r.receiptsBy = f.Timestamp, now.Add(receiptsQuiet)
+	r.standsMs, r.receiptsBy = f.Timestamp, time.Time{}
 	r.heartbeat = time.Duration(f.HeartbeatSeconds) * time.Second
 	if r.heartbeat == 0 {
 		r.heartbeat = protocol.HeartbeatSeconds * time.Second
@@ -526,7 +526,7 @@ func (r *runner) obey(step Step, now time.Time) {
 
 // settleReceipts moves the time after which the next connect asks for receipts. What a connect brings again comes in any order, between
 // live receipts, perhaps late, and nothing marks its end. But all of it changed before the connection stood. So the old time is
-// kept until the connection has stood for receiptsQuiet and brought no receipt from before its time for as long; then the newest
+// kept until the first receipt of a connection, and the last one from before its time, are receiptsQuiet ago; then the newest
 // receipt counts, once the application has it. Live receipts, however many, hold nothing up. The server repeats
 // protocol.ReceiptsSlackMillis, which covers what it brings late of them.
 func (r *runner) settleReceipts(now time.Time) {

@@ -1,6 +1,10 @@
 package client
 
-import "millrace/protocol"
+import (
+	"time"
+
+	"millrace/protocol"
+)
 
 // Limits of what a client remembers of the messages it has acknowledged.
 const (
@@ -10,7 +14,7 @@ const (
 	MaxShownOnDisk = 1 << 20
 
 	// shownDays is how long a state file keeps an id: a mailbox row lives no longer than a year, and one day
-	// covers both clocks.
+	// covers the hour at which it goes.
 	shownDays = 366
 
 	millisPerDay = 24 * 60 * 60 * 1000
@@ -27,7 +31,17 @@ type shownSet struct {
 
 type shownID struct {
 	id  protocol.MessageID
-	day uint32 // days since 1970
+	day uint32 // of the message, days since 1970
+}
+
+// shownOf dates an id by the server's clock, which ends the life of a mailbox row. This machine's may be wrong by decades. It
+// counts only for a message that the application has put together from an ID alone.
+func shownOf(m Message, now time.Time) shownID {
+	ms := now.UnixMilli()
+	if m.Position != 0 {
+		ms = m.Time().UnixMilli()
+	}
+	return shownID{m.ID, uint32(max(0, ms) / millisPerDay)}
 }
 
 func newShownSet(limit int) *shownSet {
@@ -41,27 +55,31 @@ func (s *shownSet) has(id protocol.MessageID) bool {
 
 func (s *shownSet) len() int { return len(s.known) }
 
-// add remembers id and reports whether it is new.
-func (s *shownSet) add(id protocol.MessageID, day uint32) bool {
-	if s.has(id) {
+// add remembers an id and reports whether it is new.
+func (s *shownSet) add(e shownID) bool {
+	if s.has(e.id) {
 		return false
 	}
-	s.known[id] = struct{}{}
+	s.known[e.id] = struct{}{}
 	if len(s.order) < s.limit {
-		s.order = append(s.order, shownID{id, day})
+		s.order = append(s.order, e)
 		return true
 	}
 	delete(s.known, s.order[s.head].id)
-	s.order[s.head] = shownID{id, day}
+	s.order[s.head] = e
 	s.head = (s.head + 1) % s.limit
 	return true
 }
 
-// forget drops the ids that were added before day.
-func (s *shownSet) forget(day uint32) {
+// forget drops the ids that are older than shownDays now, and as much older than the newest: a clock that is far ahead must not
+// make a client show everything again.
+func (s *shownSet) forget(now time.Time) {
+	newest := uint32(0)
+	s.each(func(e shownID) { newest = max(newest, e.day) })
+	today := min(int64(newest), now.UnixMilli()/millisPerDay)
 	kept := make([]shownID, 0, len(s.order))
 	s.each(func(e shownID) {
-		if e.day < day {
+		if int64(e.day) < today-shownDays {
 			delete(s.known, e.id)
 			return
 		}

@@ -151,7 +151,7 @@ func (st *state) open(now time.Time) (items []Item, highest uint64, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	st.shown.forget(uint32(max(now.UnixMilli()/millisPerDay-shownDays, 0)))
+	st.shown.forget(now)
 	return items, highest, st.reopen()
 }
 
@@ -282,7 +282,7 @@ func (r *replayer) apply(records []byte) error {
 			delete(r.open, d.uvarint())
 		case recShown:
 			day := uint32(d.uvarint())
-			r.st.shown.add(d.id(), day)
+			r.st.shown.add(shownID{d.id(), day})
 		case recReceiptsAfter:
 			r.st.receiptsAfter = int64(d.uvarint())
 		case recCounters:
@@ -431,8 +431,7 @@ func (st *state) ended(local uint64) {
 	st.note(func(b []byte) []byte { return appendRecord(b, recEnded, local) })
 }
 
-func (st *state) showed(id protocol.MessageID, now time.Time) {
-	e := shownID{id, uint32(now.UnixMilli() / millisPerDay)}
+func (st *state) showed(e shownID) {
 	st.note(func(b []byte) []byte { return appendShown(b, e) })
 }
 

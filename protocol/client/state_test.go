@@ -43,6 +43,11 @@ func testID(n int) (id protocol.MessageID) {
 	return id
 }
 
+// shownOn is an id of a message of that time.
+func shownOn(id protocol.MessageID, at time.Time) shownID {
+	return shownOf(Message{ID: id}, at)
+}
+
 // writeStory puts something of every kind into a state, one synced frame each.
 func writeStory(t *testing.T, st *state) {
 	t.Helper()
@@ -60,7 +65,7 @@ func writeStory(t *testing.T, st *state) {
 	st.setReceiptsAfter(77)
 	mustCommit(t, st, true)
 	for i := range 3 {
-		st.showed(testID(i), epochStart)
+		st.showed(shownOn(testID(i), epochStart))
 		mustCommit(t, st, true)
 	}
 }
@@ -129,7 +134,7 @@ func TestStateTornAtEveryByte(t *testing.T) {
 			t.Fatalf("%d bytes: %d ids, fewer than before", n, st.shown.len())
 		}
 		shown = st.shown.len()
-		st.showed(testID(99), epochStart)
+		st.showed(shownOn(testID(99), epochStart))
 		mustClose(t, st)
 		st, _, _ = mustOpenState(t, torn)
 		if !st.shown.has(testID(99)) || st.repaired != 0 {
@@ -149,7 +154,7 @@ func TestStateTornTailDoesNotComeBack(t *testing.T) {
 	st, _, _ := mustOpenState(t, path)
 	first := st.size
 	for i := range 2 {
-		st.showed(testID(i), epochStart)
+		st.showed(shownOn(testID(i), epochStart))
 		mustCommit(t, st, false)
 	}
 	mustClose(t, st)
@@ -162,7 +167,7 @@ func TestStateTornTailDoesNotComeBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	st, _, _ = mustOpenState(t, path)
-	st.showed(testID(2), epochStart) // as long as the torn one
+	st.showed(shownOn(testID(2), epochStart)) // as long as the torn one
 	mustClose(t, st)
 	st, _, _ = mustOpenState(t, path)
 	if !st.shown.has(testID(2)) || st.shown.len() != 1 {
@@ -176,7 +181,7 @@ func TestStateDamageIsNotATornTail(t *testing.T) {
 	st, _, _ := mustOpenState(t, path)
 	writeStory(t, st)
 	lastSynced := int(st.size)
-	st.showed(testID(50), epochStart)
+	st.showed(shownOn(testID(50), epochStart))
 	mustClose(t, st)
 	whole, err := os.ReadFile(path)
 	if err != nil {
@@ -231,8 +236,8 @@ func TestStateCompacts(t *testing.T) {
 		st.queued(&Item{Local: local, Receiver: "bob", Text: text, QueuedMs: 5})
 		st.ended(local)
 		st.nextLocal = local + 1
-		st.showed(testID(int(local)), epochStart)
-		st.shown.add(testID(int(local)), uint32(epochStart.UnixMilli()/millisPerDay))
+		st.showed(shownOn(testID(int(local)), epochStart))
+		st.shown.add(shownOn(testID(int(local)), epochStart))
 		mustCommit(t, st, false)
 		largest = max(largest, st.size)
 		if err := st.compact(ob); err != nil {
@@ -301,11 +306,11 @@ func TestStateFailureIsFinal(t *testing.T) {
 		st, _, _ := mustOpenState(t, filepath.Join(t.TempDir(), "state"))
 		c.stateFile = st.file
 		st.file = &c
-		st.showed(testID(1), epochStart)
+		st.showed(shownOn(testID(1), epochStart))
 		if err := st.commit(true); !errors.Is(err, errDisk) {
 			t.Fatalf("commit: %v", err)
 		}
-		st.showed(testID(2), epochStart)
+		st.showed(shownOn(testID(2), epochStart))
 		syncs := c.syncs
 		if err := st.commit(true); !errors.Is(err, errDisk) || c.syncs != syncs {
 			t.Fatalf("the next commit: %v, %d more syncs", err, c.syncs-syncs)
@@ -316,38 +321,53 @@ func TestStateFailureIsFinal(t *testing.T) {
 func TestShownSetForgetsTheOldest(t *testing.T) {
 	s := newShownSet(3)
 	for i := range 5 {
-		if !s.add(testID(i), uint32(i)) || s.add(testID(i), uint32(i)) {
+		if !s.add(shownID{testID(i), uint32(i)}) || s.add(shownID{testID(i), uint32(i)}) {
 			t.Fatalf("id %d is new once", i)
 		}
 	}
 	if s.has(testID(1)) || !s.has(testID(2)) || s.len() != 3 {
 		t.Fatal("not the last three are known")
 	}
-	s.forget(4)
-	if s.has(testID(3)) || !s.has(testID(4)) || s.len() != 1 {
-		t.Fatal("forget(4) keeps only day 4")
-	}
-	s.add(testID(9), 9)
+	s.add(shownID{testID(9), 9})
 	var order []protocol.MessageID
 	s.each(func(e shownID) { order = append(order, e.id) })
-	if !reflect.DeepEqual(order, []protocol.MessageID{testID(4), testID(9)}) {
+	if !reflect.DeepEqual(order, []protocol.MessageID{testID(3), testID(4), testID(9)}) {
 		t.Fatalf("order %v", order)
 	}
 }
 
+// TestStateForgetsIdsAfterAYear: a year by the clocks of the server and of this machine; one of them wrong forgets nothing.
 func TestStateForgetsIdsAfterAYear(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "state")
-	st, _, _ := mustOpenState(t, path)
-	st.showed(testID(1), epochStart)
-	st.showed(testID(2), epochStart.Add(300*24*time.Hour))
-	mustClose(t, st)
-	st, _, _, err := openState(osDisk{}, path, "phone", epochStart.Add((shownDays+1)*24*time.Hour))
-	if err != nil {
-		t.Fatal(err)
+	day := func(n int) time.Time { return epochStart.Add(time.Duration(n) * 24 * time.Hour) }
+	message := func(n int, sent time.Time) Message {
+		return Message{ID: testID(n), Position: uint64(sent.UnixMilli()) << protocol.PositionShift}
 	}
-	defer st.close()
-	if st.shown.has(testID(1)) || !st.shown.has(testID(2)) {
-		t.Fatal("an id must be kept for a year and no longer")
+	for name, c := range map[string]struct {
+		acknowledged time.Time // all of them, by this machine
+		opened       time.Time
+		forgotten    bool // the first of three, which is more than a year older than the last
+	}{
+		"right":                        {day(1), day(shownDays + 40), true},
+		"in 1970 when acknowledging":   {time.UnixMilli(5), day(shownDays + 40), true},
+		"in 1970 when opening":         {day(1), time.UnixMilli(5), false},
+		"before 1970":                  {time.UnixMilli(-5), time.UnixMilli(-5), false},
+		"far ahead when acknowledging": {day(40_000), day(shownDays - 1), false},
+		"far ahead":                    {day(40_000), day(40_000), true},
+	} {
+		path := filepath.Join(t.TempDir(), "state")
+		st, _, _ := mustOpenState(t, path)
+		for i, sent := range []time.Time{day(0), day(30), day(shownDays + 1)} {
+			st.showed(shownOf(message(i, sent), c.acknowledged))
+		}
+		mustClose(t, st)
+		st, _, _, err := openState(osDisk{}, path, "phone", c.opened)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.shown.has(testID(0)) == c.forgotten || !st.shown.has(testID(1)) || !st.shown.has(testID(2)) {
+			t.Errorf("the clock is %s: %d ids are left", name, st.shown.len())
+		}
+		mustClose(t, st)
 	}
 }
 
