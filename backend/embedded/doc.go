@@ -32,7 +32,7 @@
 //	streams      's' user 0 device 0 epoch(8)               next block, day of last use
 //	devices      'd' user                                   up to eight device names, one of them heir
 //	mailbox      'm' user 0 device 0 position(8) id(16)     record
-//	counts       'c' user 0 device                          rows of that mailbox; no row for none
+//	counts       'c' user 0 device                          rows of that mailbox and where they begin; no row for none
 //	full         'f' user 0 device                          nothing: the mailbox is at its limit
 //	outstanding  'o' conversation addressee 0 position(8)   mark
 //	receipts     'r' sender 0 addressee 0 conversation      delivered mark, top mark, time of change
@@ -48,4 +48,13 @@
 //
 // The log is trimmed by DeleteRange behind the oldest unfinished record of all shards, at most once a second or every
 // 8 192 appended records, and only behind a low-water mark whose commit is already durable.
+//
+// # Expiry
+//
+// Mailbox and outstanding rows leave a year after they were accepted, windows a year after their last use, streams after
+// two (expiry.go); devices and receipts stay. A sweeper walks these ranges about once a day, a hundred rows at a time, and
+// hands what has expired to the committer, which deletes it in the next batch and corrects counts and full mailboxes as after
+// an acknowledgement. Ages are not read off the wall clock: they count the time that the store was running, and time in
+// which it was not, or that the clock jumped, for at most a day a time (age.go). So a wrong clock expires nothing, and a store
+// that was away for a year keeps what it held for another.
 package embedded
