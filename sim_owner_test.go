@@ -51,6 +51,9 @@ func (sh *simShard) start() {
 		NotBeforeMs: process.notBeforeMs + s.now - process.born,
 		Logger:      slog.New(slog.DiscardHandler),
 	}
+	if s.opt.SmallOwners {
+		cfg.MaxInFlight, cfg.MaxIdleConversations = 12, 2
+	}
 	if s.mut == "no time-out" {
 		cfg.AcknowledgeAfter = 1000 * time.Hour
 	}

@@ -35,6 +35,7 @@ type simOptions struct {
 	NewDevices                    bool // devices that appear late
 	ManyDevices                   bool // one user has more than are allowed
 	SmallMailboxes                bool // full at simMailboxRows
+	SmallOwners                   bool // hold few messages, and remember few conversations
 	ClockSteps                    bool
 	RateLimit                     bool
 }
@@ -48,7 +49,7 @@ func drawOptions(rng *rand.Rand) simOptions {
 		Sends: 20 + rng.IntN(60), OneServer: rng.IntN(2) == 0,
 		Crashes: yes(), LateOwners: rng.IntN(4) == 0, Doubles: yes(), QueueFails: yes(), ReadErrors: yes(),
 		Slow: yes(), Disconnects: yes(), Restores: rng.IntN(2) == 0, Clones: rng.IntN(2) == 0, ClientCrashes: yes(),
-		NewDevices: yes(), ManyDevices: rng.IntN(10) == 0, SmallMailboxes: yes(), ClockSteps: yes(), RateLimit: rng.IntN(4) == 0,
+		NewDevices: yes(), ManyDevices: rng.IntN(10) == 0, SmallMailboxes: yes(), SmallOwners: yes(), ClockSteps: yes(), RateLimit: rng.IntN(4) == 0,
 	}
 }
 

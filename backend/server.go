@@ -41,6 +41,9 @@ type Config struct {
 	NotBeforeMs int64
 	// AcknowledgeAfter is how long a push may stay unacknowledged; 0 is the default of OwnerConfig.
 	AcknowledgeAfter time.Duration
+	// MaxInFlight and MaxIdleConversations are of each shard; 0 is the default of OwnerConfig.
+	MaxInFlight          int
+	MaxIdleConversations int
 }
 
 func (c *Config) validate() error {
@@ -128,7 +131,8 @@ func NewServer(cfg Config) (*Server, error) {
 	s.reads.init()
 	for n := range cfg.Queue.Shards() {
 		owner, err := NewOwner(OwnerConfig{Shard: n, Reader: cfg.Store, Locator: cfg.Locator, Replay: true,
-			AcknowledgeMillis: cfg.AcknowledgeAfter.Milliseconds()})
+			AcknowledgeMillis: cfg.AcknowledgeAfter.Milliseconds(), MaxInFlight: cfg.MaxInFlight,
+			MaxIdleConversations: cfg.MaxIdleConversations})
 		if err != nil {
 			return nil, err
 		}
