@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"runtime"
 	"strings"
 
 	"millrace/edge"
@@ -101,7 +102,7 @@ func (c *Config) validate() error {
 		limit, err := descriptorLimit()
 		if err != nil {
 			refuse("%w", err)
-		} else if c.Edge.MaxConnections, err = connectionCap(limit); err != nil {
+		} else if c.Edge.MaxConnections, err = connectionCap(limit, runtime.GOMAXPROCS(0)); err != nil {
 			refuse("%w", err)
 		}
 	}

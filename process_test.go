@@ -97,12 +97,14 @@ func TestGOGCOfTheUserStays(t *testing.T) {
 func TestConnectionCap(t *testing.T) {
 	for _, c := range []struct {
 		limit uint64
+		loops int
 		want  int // 0: refused
 	}{
-		{1024, 512}, {1_100_000, 1_099_488}, {527, 0}, {0, 0}, {1<<64 - 1, 1<<31 - 1},
+		{1024, 1, 512}, {1024, 16, 512}, {1_100_000, 2, 1_099_488}, {527, 1, 0}, {0, 1, 0}, {1<<64 - 1, 256, 1<<31 - 1},
+		{1024, 17, 508}, {1024, 64, 320}, {1024, 256, 0}, {4096, 256, 2624},
 	} {
-		if got, err := connectionCap(c.limit); got != c.want || (err == nil) != (c.want > 0) {
-			t.Errorf("limit %d: got %d, %v; want %d", c.limit, got, err, c.want)
+		if got, err := connectionCap(c.limit, c.loops); got != c.want || (err == nil) != (c.want > 0) {
+			t.Errorf("limit %d, %d loops: got %d, %v; want %d", c.limit, c.loops, got, err, c.want)
 		}
 	}
 }
