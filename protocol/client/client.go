@@ -242,7 +242,11 @@ func checkSend(receiver, text string) error {
 // Send sends a text and returns when the server has made it durable. Several Sends may run at once; their order is that
 // in which the calls began, as far as there is one.
 //
-// A *RefusedError is final. When ctx ends before the message was ever written it is withdrawn and the error is ctx's; once it has been
+// A *RefusedError is final: the message will not be delivered. With protocol.CodeMailboxFull so many messages wait for the receiver that
+// there is no room for one more, and the sends to the same receiver that were on their way behind it are refused with it, so that none overtakes
+// another. There may be room when the receiver has been online: the application may then send the text again, which is a new send.
+//
+// When ctx ends before the message was ever written it is withdrawn and the error is ctx's; once it has been
 // written it cannot be taken back: the error is then ErrUndecided, and the client keeps trying. ErrClosed and the
 // other final errors leave the message in the state file, if there is one.
 func (c *Client) Send(ctx context.Context, receiver, text string) (Sent, error) {
@@ -294,7 +298,8 @@ func (p *Pending) Wait(ctx context.Context) (Sent, error) {
 }
 
 // Queue gives a text to the outbox and returns when it is there: on stable storage, if there is a state file. Connected or not, it is
-// sent as soon as possible, in the order of the calls. ErrOutboxFull says that too many wait already.
+// sent as soon as possible, in the order of the calls. ErrOutboxFull says that too many wait already; after a failure of the
+// state file it is not known whether the next process will find the text there.
 func (c *Client) Queue(ctx context.Context, receiver, text string) (*Pending, error) {
 	if err := checkSend(receiver, text); err != nil {
 		return nil, err

@@ -158,8 +158,7 @@ func (c *conn) attempt(source TokenSource, token string, hello protocol.Frame, w
 		stop()
 		_ = nc.Close() // a second close does no harm
 	}()
-	wg.Add(1)
-	go c.writeLoop(nc, wg)
+	wg.Go(func() { c.writeLoop(nc) })
 	hello.Token = []byte(token)
 	c.send([]protocol.Frame{hello})
 	return c.explain(c.readLoop(nc, br))
@@ -331,8 +330,7 @@ func (c *conn) killUnlessFinishing() {
 }
 
 // writeLoop writes what send queued: everything that has gathered since the last write in one.
-func (c *conn) writeLoop(nc net.Conn, wg *sync.WaitGroup) {
-	defer wg.Done()
+func (c *conn) writeLoop(nc net.Conn) {
 	var writing []byte
 	for {
 		select {

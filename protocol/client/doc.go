@@ -20,6 +20,7 @@
 //   - The messages of this client to one receiver arrive in the order of the calls. A refusal that can be tried again
 //     (the server is behind, a rate limit) holds the later ones back rather than letting them overtake.
 //   - A send ends once: durable (Sent), refused for good (*RefusedError), or unanswered for 30 days (ErrUnanswered).
+//     What will not be delivered is told when it is stored, and stays so; after a power cut, a durable one may be told again.
 //   - A message is returned by Receive until it is acknowledged, and never again after Acknowledge has returned. After a power
 //     cut, this holds for what was acknowledged more than AcknowledgeDelay before.
 //
@@ -39,9 +40,10 @@
 // # Connections
 //
 // A client reconnects by itself: after a wait between 0 and a ceiling that doubles up to MaxBackoff, plus what the server asked
-// for (go_away, retry_after_ms, Retry-After). Close codes 4000 to 4499 mean "come back", 4500 to 4999 "do not"; after the latter, an
-// HTTP answer that would be the same again (400, 403, 404, 405, 426, 431), a refused new token or a failing disk, the client is final: Err says why, OnEvent gets a Disconnected that is Final, and every call returns the
-// error, except Acknowledge, which works until Close.
+// for (go_away, retry_after_ms, Retry-After). Close codes 4000 to 4499 mean "come back", 4500 to 4999 "do not". After the latter, an
+// HTTP answer that would be the same again (400, 403, 404, 405, 426, 431), a refused new token or a failing disk, the client
+// is final: Err says why, OnEvent gets a Disconnected that is Final, and every call returns the error, except Acknowledge, which works
+// until Close.
 // A server that says nothing for two heartbeats, or that does not answer a send within AnswerTimeout, is left for a new connection.
 //
 // # Events

@@ -48,7 +48,8 @@ var (
 	ErrStateMismatch = errors.New("the state file belongs to another user or device")
 )
 
-// RefusedError is a final refusal of a send: the same bytes would be refused again.
+// RefusedError is a final refusal of a send: it will not be delivered. The same text would be refused again, except after
+// protocol.CodeMailboxFull, see Client.Send.
 type RefusedError struct {
 	Code protocol.Code
 	Text string // the server's, for a developer

@@ -98,7 +98,7 @@ func ExampleClient_Queue() {
 	// ✓ two
 }
 
-// A final refusal is a *RefusedError: the same bytes would be refused again.
+// A final refusal is a *RefusedError: the message will not be delivered.
 func ExampleRefusedError() {
 	url, stop := client.StartServer()
 	defer stop()
