@@ -146,8 +146,18 @@ func (sh *simShard) hadTwo(since int64) bool {
 	return sh.late != nil || sh.twoTill > 0 && sh.twoTill >= since
 }
 
+// audit: what the Server counts as a broken promise is one.
+func (o *simOwner) audit() {
+	o.server.Metrics(func(name, _ string, _ bool, value float64, labels ...string) {
+		if name == "millrace_backend_invariant_violations_total" && value > 0 {
+			o.shard.sim.violate("counter", "owner %d counts %v violations of %v", o.shard.number, value, labels)
+		}
+	})
+}
+
 // end loses what was not durable, and pages that were asked for.
 func (o *simOwner) end() {
+	o.audit()
 	o.dead, o.writes = true, nil
 	for _, e := range o.shard.sim.edges {
 		for _, id := range sortedKeys(e.sessions) {

@@ -323,6 +323,7 @@ func (t *simTruth) judgeDrained() {
 		}
 	}
 	for _, sh := range t.sim.shards {
+		sh.owner.audit()
 		if n := sh.owner.inFlight(); n > 0 {
 			t.sim.violate("P8", "owner %d still has %d records in flight", sh.number, n)
 		}
