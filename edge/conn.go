@@ -3,8 +3,9 @@ package edge
 import (
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"sync"
+
+	"github.com/valyala/bytebufferpool"
 
 	"millrace/protocol"
 	"millrace/protocol/token"
@@ -25,13 +26,15 @@ type socket interface {
 type connState uint8
 
 const (
-	stateFree        connState = iota // the slot is not used
-	stateUpgrade                      // waits for the HTTP request
-	stateConnect                      // waits for connect
-	stateRegistering                  // authenticated; the Registrar is asked
-	stateOpen                         // connected was sent
-	stateClosing                      // a close frame or an HTTP response was sent; waits for the peer to close
-	stateGone                         // the socket is closed; the Registrar's answer is still to come
+	stateFree         connState = iota // the slot is not used
+	stateUpgrade                       // waits for the HTTP request
+	stateUpgradeToken                  // the token of the request is being verified
+	stateConnect                       // waits for connect
+	stateConnectToken                  // the token of connect is being verified
+	stateRegistering                   // authenticated; the Registrar is asked
+	stateOpen                          // connected was sent
+	stateClosing                       // a close frame or an HTTP response was sent; waits for the peer to close
+	stateGone                          // the socket is closed; the Registrar's answer is still to come
 )
 
 type connFlags uint16
@@ -48,6 +51,7 @@ const (
 	flagReceipts                         // receipts wait, see loop.receiptsDue
 	flagDoomed                           // will be closed when the turn ends
 	flagLate                             // accepted after Drain had begun
+	flagRenewing                         // the token of a renew is being verified
 )
 
 // conn is one connection, in a slab of its loop and touched by nothing but that loop. An idle connection owns
@@ -67,6 +71,7 @@ type conn struct {
 	heard    uint32 // the tick of the last byte
 	deadline uint32 // a tick; what happens then depends on state
 	expires  uint32 // of the token, seconds since 1970
+	renewAt  uint32 // a tick, before which no renew is looked at; 0: there was none
 	out      uint32 // 1 + its place in loop.dirty; 0: nothing was queued this turn
 
 	closeCode protocol.CloseCode // with flagLeaving
@@ -80,7 +85,7 @@ func (c *conn) has(f connFlags) bool { return c.flags&f != 0 }
 
 // active reports whether frames still mean something.
 func (c *conn) active() bool {
-	return c.state == stateConnect || c.state == stateRegistering || c.state == stateOpen
+	return c.state == stateConnect || c.state == stateConnectToken || c.state == stateRegistering || c.state == stateOpen
 }
 
 func (c *conn) text() bool { return c.has(flagJSON) }
@@ -97,6 +102,7 @@ func (c *conn) limit() int {
 type work struct {
 	reader   wsReader
 	scan     headScan
+	early    *bytebufferpool.ByteBuffer // what came behind the upgrade request, in stateUpgradeToken
 	up       Uplink
 	upActive bool // up was started
 	full     FullReceivers
@@ -150,6 +156,9 @@ func (l *loop) release(c *conn) {
 		c.top = w.up.Top()
 	}
 	w.reader.release()
+	if w.early != nil {
+		putBuffer(&inputs, w.early)
+	}
 	clear(w.receipts)
 	receipts := w.receipts[:0]
 	if cap(receipts) > keepReceipts {
@@ -207,33 +216,11 @@ func (l *loop) badFrame(c *conn, seq uint64, code protocol.Code, text string) {
 // maxBadFrames is how many malformed frames of one WebSocket message are answered.
 const maxBadFrames = 16
 
-// connect authenticates a connection by its first frame.
-func (l *loop) connect(c *conn, f *protocol.Frame) {
-	claims, code, closeCode := l.verify(f.Token)
-	if code != protocol.OK {
-		l.fail(c, code, closeCode, closeUnauthorized)
-		return
-	}
-	device := f.Device
+// register asks for the device's row, a block of numbers, and the route. An empty device is the default one.
+func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint64, receiptsAfter int64) {
 	if len(device) == 0 {
 		device = append(l.scratch[:0], protocol.DefaultDevice...)
 	}
-	l.register(c, claims, device, f.Epoch, f.ReceiptsAfter)
-}
-
-func (l *loop) verify(t []byte) (claims token.Claims, code protocol.Code, closeCode protocol.CloseCode) {
-	claims, err := l.server.cfg.Token.Verify(t, l.now)
-	switch {
-	case err == nil && protocol.ValidUser(claims.User):
-		return claims, protocol.OK, 0
-	case errors.Is(err, token.ErrExpired):
-		return claims, protocol.CodeTokenExpired, protocol.CloseTokenExpired
-	}
-	return claims, protocol.CodeUnauthorized, protocol.CloseUnauthorized
-}
-
-// register asks for the device's row, a block of numbers, and the route.
-func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint64, receiptsAfter int64) {
 	c.names = l.names.add(claims.User, device)
 	c.expires = l.expiry(claims)
 	for epoch == 0 {
@@ -313,27 +300,6 @@ func (l *loop) connected(c *conn, r *protocol.Registered) {
 	}
 	l.act(c, c.down.Start(r.Heir))
 	l.readReceipts(c)
-}
-
-// renew takes a new token for a session that goes on. A token that is not accepted ends nothing: the old one still holds.
-func (l *loop) renew(c *conn, f *protocol.Frame) {
-	claims, code, _ := l.verify(f.Token)
-	user, _ := l.names.get(c.names)
-	if code == protocol.OK && claims.User != string(user) {
-		code = protocol.CodeUnauthorized
-	}
-	if code != protocol.OK {
-		l.refuse(c, 0, protocol.Refusal{Code: code}, 0)
-		return
-	}
-	if expires := l.expiry(claims); expires > c.expires {
-		c.expires = expires
-		c.flags &^= flagRenewAsked // one that ends no later is not asked for again
-	}
-	reply := &l.reply
-	reply.Reset()
-	reply.Kind = protocol.KindRenewed
-	l.emit(c, reply)
 }
 
 // refuse sends an error frame. seq is the number it is about, or 0.

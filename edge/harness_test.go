@@ -229,11 +229,18 @@ func testMessage(n int, receiver, content string) *protocol.Message {
 	return &protocol.Message{ID: testID(uint64(n)), Conversation: 7, Position: uint64(n), Sender: "alice", Receiver: receiver, Content: []byte(content)}
 }
 
-// stubTokens takes "NAME", "NAME until SECONDS" and "expired".
+// stubTokens takes "NAME", "NAME until SECONDS", "expired", "unavailable" and, for a worker, any of them behind "slow ".
 type stubTokens struct{}
 
+func (s stubTokens) VerifyFast(t []byte, now time.Time) (token.Claims, error) {
+	if bytes.HasPrefix(t, []byte("slow ")) {
+		return token.Claims{}, token.ErrSlow
+	}
+	return s.Verify(t, now)
+}
+
 func (stubTokens) Verify(t []byte, now time.Time) (token.Claims, error) {
-	name, until, ok := strings.Cut(string(t), " until ")
+	name, until, ok := strings.Cut(strings.TrimPrefix(string(t), "slow "), " until ")
 	at := now.Add(time.Hour)
 	if ok {
 		var seconds int64
@@ -243,6 +250,10 @@ func (stubTokens) Verify(t []byte, now time.Time) (token.Claims, error) {
 	switch {
 	case name == "expired":
 		return token.Claims{}, token.ErrExpired
+	case name == "unavailable":
+		return token.Claims{}, token.ErrUnavailable
+	case name == "panic":
+		panic("bug")
 	case !protocol.ValidUser(name):
 		return token.Claims{}, token.ErrInvalid
 	}

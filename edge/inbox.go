@@ -43,6 +43,8 @@ type inboxBatch struct {
 	registered []protocol.Registered
 	replaced   []protocol.Session
 	fences     []protocol.Fence
+	verified   []*claim
+	revoked    []protocol.Session
 
 	receiptsPages []protocol.ReceiptsPage
 
@@ -76,6 +78,8 @@ const (
 	inboxRegistered
 	inboxReplaced
 	inboxFence
+	inboxVerified
+	inboxRevoked
 )
 
 type run struct {
@@ -258,6 +262,8 @@ func (b *inboxBatch) clear() {
 	b.registered = emptied(b.registered)
 	b.replaced = emptied(b.replaced)
 	b.fences = emptied(b.fences)
+	b.verified = emptied(b.verified)
+	b.revoked = emptied(b.revoked)
 	b.inRefused = emptiedSet(b.inRefused)
 	b.inNotices = emptiedSet(b.inNotices)
 	b.inMissed = emptiedSet(b.inMissed)

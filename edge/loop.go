@@ -211,7 +211,11 @@ func (l *loop) tryRead(c *conn, data []byte) {
 	if c.state == stateUpgrade {
 		data = l.readUpgrade(c, data)
 	}
-	if !c.has(flagDeaf) && c.state != stateUpgrade {
+	switch {
+	case c.has(flagDeaf) || c.state == stateUpgrade:
+	case c.state == stateUpgradeToken:
+		l.keepEarly(c, data)
+	default:
 		l.readFrames(c, data)
 	}
 }
@@ -244,6 +248,8 @@ func (l *loop) readUpgrade(c *conn, data []byte) (rest []byte) {
 	return data[max(0, end-kept):]
 }
 
+var goingAway = httpError{503, "the server is going away; try again"}
+
 // upgrade answers a complete request, or one that cannot become one.
 func (l *loop) upgrade(c *conn, head []byte, status int) {
 	var r upgradeRequest
@@ -252,7 +258,7 @@ func (l *loop) upgrade(c *conn, head []byte, status int) {
 		r, e = parseUpgrade(head, l.server.origins)
 	}
 	if e.status == 0 && l.server.draining.Load() {
-		e = httpError{503, "the server is going away; try again"}
+		e = goingAway
 	}
 	if e.status != 0 {
 		l.refuseUpgrade(c, e)
@@ -262,16 +268,7 @@ func (l *loop) upgrade(c *conn, head []byte, status int) {
 		l.upgraded(c, &r)
 		return
 	}
-	claims, code, _ := l.verify(r.token)
-	if code != protocol.OK {
-		l.refuseUpgrade(c, httpError{401, code.String()})
-		return
-	}
-	l.upgraded(c, &r)
-	if len(r.device) == 0 {
-		r.device = append(l.scratch[:0], protocol.DefaultDevice...)
-	}
-	l.register(c, claims, r.device, 0, 0)
+	l.authenticateUpgrade(c, &r)
 }
 
 func (l *loop) upgraded(c *conn, r *upgradeRequest) {
@@ -432,6 +429,7 @@ func (l *loop) drainInbox() {
 type inboxCursor struct {
 	run, n                                                                                                  int
 	answers, pushes, refused, notices, receipts, pages, receiptsPages, missed, registered, replaced, fences int
+	verified, revoked                                                                                       int
 }
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
@@ -493,6 +491,16 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 				k.replaced++
 				l.serving = s.Conn
 				l.replaced(s)
+			case inboxVerified:
+				q := b.verified[k.verified]
+				k.verified++
+				l.serving = q.conn
+				l.verified(q)
+			case inboxRevoked:
+				s := &b.revoked[k.revoked]
+				k.revoked++
+				l.serving = s.Conn
+				l.revoked(s)
 			case inboxFence:
 				l.fenced = max(l.fenced, b.fences[k.fences].Number)
 				k.fences++

@@ -30,6 +30,7 @@ type counters struct {
 	unsound             uint64 // refusals: P6
 	overfull            uint64 // flights: P7
 	handshakes          [handshakeResults]uint64
+	authentications     [authOutcomes]uint64
 	refusals            [refusalCodes]uint64
 	closes              [closeReasons]uint64
 	drops               [dropReasons]uint64
@@ -82,6 +83,8 @@ const (
 	closeSlow
 	closeFlooding
 	closeGoingAway
+	closeUnverified // nobody could tell whether the token is good
+	closeRevoked    // an operator wanted it
 	closePanic
 	closeReasons
 )
@@ -89,7 +92,8 @@ const (
 var closeReasonNames = [closeReasons]string{
 	"unknown", "disconnected", "client", "handshake", "authentication_timeout", "unauthorized", "not_connected", "too_many_devices",
 	"registration", "session_replaced", "token_expired", "protocol_error", "unsupported", "invalid_utf8", "too_big",
-	"frame_timeout", "heartbeat", "slow", "flooding", "going_away", "internal",
+	"frame_timeout", "heartbeat", "slow", "flooding", "going_away",
+	"unverified", "revoked", "internal",
 }
 
 func violationReason(code protocol.CloseCode) closeReason {
@@ -182,6 +186,7 @@ func (m *counters) add(o *counters) {
 	m.unsound += o.unsound
 	m.overfull += o.overfull
 	addAll(m.handshakes[:], o.handshakes[:])
+	addAll(m.authentications[:], o.authentications[:])
 	addAll(m.refusals[:], o.refusals[:])
 	addAll(m.closes[:], o.closes[:])
 	addAll(m.drops[:], o.drops[:])
@@ -213,6 +218,9 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	gauge("connections", "Open TCP connections.", int(s.connections.Load()))
 	gauge("connections_max", "Connections that are accepted at most.", s.cfg.MaxConnections)
 	gauge("sessions", "Connections to which connected was sent.", sessions)
+	waiting, panics := s.verifiers.size()
+	m.panics += panics
+	gauge("tokens_waiting", "Tokens that wait to be verified away from the event loops.", waiting)
 	gauge("inbox_bytes", "Pushes, mailbox pages and receipts that wait for an event loop.", inboxBytes)
 
 	count := func(name, help string, v uint64, labels ...string) {
@@ -221,6 +229,9 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	m.handshakes[handshake503] += s.full.Load()
 	for i, v := range m.handshakes {
 		count("handshakes", "Upgrade requests by HTTP status.", v, "result", handshakeNames[i])
+	}
+	for i, v := range m.authentications {
+		count("authentications", "Tokens of upgrades, connects and renewals, by outcome.", v, "outcome", authOutcomeNames[i])
 	}
 	count("connects", "Sessions opened.", m.connects)
 	count("received_bytes", "Bytes from clients.", m.bytesIn)
@@ -241,7 +252,7 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	count("ignored_acknowledgements", "Acknowledgements of messages that were not in flight on the connection.", m.ignoredAcks)
 	count("receipts", "Receipts written to connections.", m.receipts)
 	count("client_pings", "Pings from clients.", m.pings)
-	count("panics", "Panics on event loops, each closed one connection.", m.panics)
+	count("panics", "Panics on event loops and while verifying tokens; each cost one connection.", m.panics)
 	const violations = "Must be 0: what has broken a promise, or would have and was stopped."
 	count("invariant_violations", violations, m.misaddressed, "promise", "P5")
 	count("invariant_violations", violations, m.unsound, "promise", "P6")

@@ -26,9 +26,12 @@ const minConnections = 16
 // maxDrain bounds how long Drain waits for connections to close, whatever its context says.
 const maxDrain = 8 * time.Second
 
-// TokenVerifier says who a token is from. It must not block: it is called on event loops.
+// TokenVerifier says who a token is from. The token is not kept. An error is token.ErrExpired for one that was valid once, and
+// token.ErrUnavailable when nobody can tell for now.
 type TokenVerifier interface {
-	// Verify returns token.ErrExpired for a token that was valid once. The token is not kept.
+	// VerifyFast is called on event loops. It returns token.ErrSlow for a token that takes more than a few microseconds.
+	VerifyFast(t []byte, now time.Time) (token.Claims, error)
+	// Verify is called for those by a few workers. It may compute, and must not wait.
 	Verify(t []byte, now time.Time) (token.Claims, error)
 }
 
@@ -137,6 +140,7 @@ type Server struct {
 	heartbeatTicks, authenticateTicks, frameTicks uint32
 	renewBefore                                   time.Duration
 
+	verifiers   *verifiers
 	published   []published
 	connections atomic.Int64
 	late        atomic.Int64  // of these, accepted after Drain had begun: they get 503, or are silent
@@ -171,6 +175,7 @@ func New(cfg Config) (*Server, error) {
 		published:         make([]published, cfg.Loops),
 		done:              make(chan error, 1),
 	}
+	s.verifiers = newVerifiers(s)
 	s.spreadMs.Store(1000)
 	for i := range cfg.Loops {
 		s.loops = append(s.loops, newLoop(s, i))
@@ -283,6 +288,27 @@ func (s *Server) Replace(session protocol.Session) {
 	})
 }
 
+// Disconnect ends a session because an operator wants it to: with unauthorized and 4501, upon which a client comes back with a new
+// token only. That is all: whoever still has a valid token can connect again.
+func (s *Server) Disconnect(session protocol.Session) {
+	s.deliverOne(session, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.revoked = append(b.revoked, session)
+			b.note(inboxRevoked, 1)
+		})
+	})
+}
+
+// verified brings the answer of a worker.
+func (s *Server) verified(q *claim) {
+	s.deliverOne(protocol.Session{Edge: s.cfg.EdgeID, Conn: q.conn}, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.verified = append(b.verified, q)
+			b.note(inboxVerified, 1)
+		})
+	})
+}
+
 // Fenced brings the answer to Acknowledger.Fence.
 func (s *Server) Fenced(f protocol.Fence) {
 	s.deliverOne(protocol.Session{Edge: f.Edge, Conn: handle(f.Loop, 0, 0)}, func(l *loop) (bool, bool) {
@@ -369,6 +395,7 @@ func (s *Server) Stop(ctx context.Context) error {
 	if s.engine == nil {
 		return nil
 	}
+	s.verifiers.close()
 	if err := s.engine.stop(ctx); err != nil {
 		return fmt.Errorf("edge: stop: %w", err)
 	}

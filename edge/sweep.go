@@ -66,6 +66,10 @@ func (l *loop) trySweep(c *conn) {
 			c.reason = closeAuthenticate
 			l.doom(c)
 		}
+	case stateUpgradeToken, stateConnectToken:
+		if late {
+			l.tooLate(c)
+		}
 	case stateConnect:
 		if late {
 			l.fail(c, protocol.CodeTimeout, protocol.CloseTimeout, closeAuthenticate)
@@ -126,7 +130,7 @@ func (l *loop) sweepToken(c *conn) {
 	case c.state != stateOpen:
 	case left <= 0:
 		l.fail(c, protocol.CodeTokenExpired, protocol.CloseTokenExpired, closeTokenExpired)
-	case left <= l.server.renewBefore && !c.has(flagRenewAsked):
+	case left <= l.server.renewBefore && !c.has(flagRenewAsked) && l.renewWait(c) == 0:
 		c.flags |= flagRenewAsked
 		f := &l.reply
 		f.Reset()
