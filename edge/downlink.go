@@ -215,6 +215,11 @@ func (l *loop) page(p *protocol.Page) {
 		return
 	}
 	l.m.pages++
+	content := 0
+	for i := range p.Rows {
+		content += len(p.Rows[i].Message.Content)
+	}
+	c.down.Measured(len(p.Rows), content)
 rows:
 	for i := range p.Rows {
 		m := p.Rows[i].Message
@@ -252,7 +257,7 @@ func (l *loop) act(c *conn, e Effects) {
 			Device:  string(device),
 			Heir:    c.down.Heir(),
 			After:   after,
-			Limit:   limit,
+			Limit:   min(limit, c.down.Fits(outSoftBytes-l.buffered(c), messageBytes)),
 		})
 	}
 	if e&CloseSlow != 0 {

@@ -60,6 +60,7 @@ type flight struct {
 	cursor  protocol.MailboxCursor // how far this pass has come
 	last    protocol.MailboxCursor // the last row of the present page that was dealt with
 	stopped bool                   // the present page hit a limit
+	content int                    // bytes of a message in the last page, on average
 }
 
 // ackedPush is a push that was acknowledged and whose row may still be read.
@@ -194,6 +195,19 @@ func (d *Downlink) read() Effects {
 	}
 	d.reading = true
 	return ReadPage
+}
+
+// Fits is how many rows like those of the last page n bytes have room for, each with overhead bytes around its content; at least
+// one. Pages with more would be read, and read again.
+func (d *Downlink) Fits(n, overhead int) int {
+	return max(1, n/(overhead+d.borrow().content))
+}
+
+// Measured says how many bytes of content the rows of a page have.
+func (d *Downlink) Measured(rows, bytes int) {
+	if rows > 0 {
+		d.borrow().content = bytes / rows
+	}
 }
 
 // BeginPage opens a page that was asked for with Cursor after. It is false when the page is no longer

@@ -1619,3 +1619,58 @@ func TestBrokenPromisesAreCounted(t *testing.T) {
 		t.Fatal(got)
 	}
 }
+
+// TestPagesOfLongMessages: a page holds about what there is room for, so that a reader of long messages, slow or fast, does not
+// have its mailbox read many times over.
+func TestPagesOfLongMessages(t *testing.T) {
+	for _, slow := range []bool{true, false} {
+		b := newBench(t, nil)
+		s := b.open(protocol.SubprotocolBinary, "alice", "phone")
+		s.stalled = true
+		const total = 300
+		var box []*protocol.Message
+		for n := range total {
+			box = append(box, testMessage(n+1, "alice", strings.Repeat("x", 4000)))
+		}
+		rows, answered, written, acknowledged := 0, 0, 0, 0
+		for range 5000 {
+			for ; answered < len(b.pages); answered++ {
+				r := b.pages[answered]
+				p := protocol.Page{To: r.Session, After: r.After, End: true}
+				for _, m := range box[acknowledged:] {
+					if r.After.DeviceMailbox && m.Position <= r.After.Position {
+						continue
+					}
+					if len(p.Rows) == r.Limit {
+						p.End = false
+						break
+					}
+					p.Rows = append(p.Rows, protocol.MailboxRow{Message: m})
+					p.Next = protocol.MailboxCursor{DeviceMailbox: true, Position: m.Position, ID: m.ID}
+				}
+				rows += len(p.Rows)
+				b.s.Page(p)
+				b.l.drainInbox()
+				written = int(b.l.m.drained)
+			}
+			if acknowledged == written {
+				if written == total {
+					break
+				}
+				s.buffered = 0
+				b.pass(time.Second)
+				continue
+			}
+			if acknowledged++; slow {
+				s.buffered = max(0, s.buffered-4100)
+			} else {
+				s.buffered = 0
+			}
+			s.frame(&protocol.Frame{Kind: protocol.KindAcknowledge, IDs: []protocol.MessageID{testID(uint64(acknowledged))}})
+		}
+		if written != total || rows > 4*total {
+			t.Errorf("slow %v: %d of %d written, %d rows read", slow, written, total, rows)
+		}
+		t.Logf("slow %v: %d pages, %d rows", slow, len(b.pages), rows)
+	}
+}
