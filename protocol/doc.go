@@ -395,7 +395,8 @@
 // twice, or an older one after a newer, must change nothing: keep the largest position for each receiver_id, and the largest number where a
 // receipt has no position. The client stores the largest
 // timestamp of all the receipts it has applied, and passes it as receipts_after when it connects: the server then
-// sends again all that have changed since, and some that changed up to 60 s earlier. 0 asks for all.
+// sends again all that have changed since, and some that changed up to 60 s earlier. 0 asks for all. They come in the order in which they
+// changed, and live ones only when that is done; so wherever a connection breaks off, the largest timestamp applied says what is missing.
 //
 // # 12 Tokens
 //
