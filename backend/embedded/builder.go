@@ -45,6 +45,7 @@ type mailboxCount struct {
 	low          uint64 // no row lies below; meaningless without rows
 	lowPut       uint64 // the lowest position put in this batch, 0 for none
 	removed      uint32 // rows deleted since low was last found
+	changed      bool   // also if now is before
 }
 
 // lowEvery is after how many deletions the first row of a mailbox is looked for again: a page begins at most that many
@@ -74,8 +75,8 @@ func (s *builder) undo() {
 }
 
 type userDevices struct {
-	list  []backend.Device
-	added bool // in this batch
+	list    []backend.Device
+	changed bool // in this batch
 }
 
 // overlay holds the rows that the batch being built has read or changed, by key.
@@ -93,16 +94,47 @@ func (o *overlay[V]) reset() {
 	clear(*o)
 }
 
-// row is the overlay's row for a key, read from the database by the first who asks. A missing row is the zero value.
-func row[V any](d *DB, o overlay[V], key []byte, decode func([]byte) (V, error)) (*V, error) {
+// rows is how the rows of one range are read: mend makes what stands in for one that does not decode.
+type rows[V any] struct {
+	decode func(value []byte) (V, error)
+	mend   func(s *builder, d *DB, key []byte) (V, error)
+}
+
+var (
+	windowRows  = rows[windowRow]{decodeWindow, (*builder).mendWindow}
+	receiptRows = rows[backend.ReceiptRow]{decodeReceipt, (*builder).mendReceipt}
+	streamRows  = rows[streamRow]{decodeStreamRow, (*builder).mendStream}
+	deviceRows  = rows[userDevices]{func(value []byte) (userDevices, error) {
+		list, err := decodeDevices(value)
+		return userDevices{list: list}, err
+	}, (*builder).mendDevices}
+	countRows = rows[mailboxCount]{func(value []byte) (mailboxCount, error) {
+		r, err := decodeCount(value)
+		return mailboxCount{before: r.rows, now: r.rows, low: r.low, removed: uint32(r.removed)}, err
+	}, (*builder).mendCount}
+	anyRows = rows[bool]{func([]byte) (bool, error) { return true, nil }, nil} // there or not
+)
+
+// row is the overlay's row for a key, read from the database by the first who asks. A missing row is the zero value. A damaged
+// row is set aside, and the batch writes another in its place.
+func row[V any](s *builder, d *DB, b *batch, o overlay[V], key []byte, kind rows[V]) (*V, error) {
 	if v, ok := o[string(key)]; ok {
 		return v, nil
 	}
 	v := new(V)
+	var damaged []byte
 	_, err := d.view(key, func(value []byte) (err error) {
-		*v, err = decode(value)
+		if *v, err = kind.decode(value); err != nil {
+			damaged = bytes.Clone(value)
+		}
 		return err
 	})
+	if isDamage(err) {
+		key = bytes.Clone(key) // it may be the builder's own
+		if *v, err = kind.mend(s, d, key); err == nil {
+			err = b.setAside(key, damaged)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -139,11 +171,16 @@ func (s *builder) fill(d *DB, b *batch) error {
 	s.streams.reset()
 
 	s.appendRecords(b)
+	for _, key := range b.suspects {
+		if err := s.mend(d, b, key); err != nil {
+			return fmt.Errorf("mend a row: %w", err)
+		}
+	}
 	if err := s.addCommits(d, b); err != nil {
 		return fmt.Errorf("commit: %w", err)
 	}
 	for i := range b.registers {
-		if err := s.register(d, &b.registers[i]); err != nil {
+		if err := s.register(d, b, &b.registers[i]); err != nil {
 			return fmt.Errorf("register: %w", err)
 		}
 	}
@@ -236,7 +273,7 @@ func (s *builder) addRow(d *DB, b *batch, c *backend.Commit, i int) (err error) 
 		return b.kv.Set(s.key, s.value, nil)
 	}
 	if i -= len(c.Outstanding); i < len(c.Receipts) {
-		return s.putReceipt(d, &c.Receipts[i])
+		return s.putReceipt(d, b, &c.Receipts[i])
 	}
 	if i -= len(c.Receipts); i < len(c.Settled) {
 		o := &c.Settled[i]
@@ -249,12 +286,12 @@ func (s *builder) addRow(d *DB, b *batch, c *backend.Commit, i int) (err error) 
 		}
 		return err
 	}
-	return s.putWindow(d, &c.Windows[i-len(c.Acknowledged)])
+	return s.putWindow(d, b, &c.Windows[i-len(c.Acknowledged)])
 }
 
-func (s *builder) putReceipt(d *DB, r *backend.ReceiptRow) error {
+func (s *builder) putReceipt(d *DB, b *batch, r *backend.ReceiptRow) error {
 	s.key = appendReceiptKey(s.key[:0], &r.ReceiptKey)
-	old, err := row(d, s.receipts, s.key, decodeReceipt)
+	old, err := row(s, d, b, s.receipts, s.key, receiptRows)
 	if err != nil {
 		return err
 	}
@@ -265,9 +302,9 @@ func (s *builder) putReceipt(d *DB, r *backend.ReceiptRow) error {
 	return nil
 }
 
-func (s *builder) putWindow(d *DB, w *backend.WindowRow) error {
+func (s *builder) putWindow(d *DB, b *batch, w *backend.WindowRow) error {
 	s.key = appendWindowKey(s.key[:0], &w.WindowKey)
-	old, err := row(d, s.windows, s.key, decodeWindow)
+	old, err := row(s, d, b, s.windows, s.key, windowRows)
 	if err != nil {
 		return err
 	}
@@ -277,7 +314,7 @@ func (s *builder) putWindow(d *DB, w *backend.WindowRow) error {
 		return nil
 	}
 	old.day = max(old.day, s.day)
-	if err := s.useStream(d, &w.Stream, old.Blocks[0].Block); err != nil {
+	if err := s.useStream(d, b, &w.Stream, old.Blocks[0].Block); err != nil {
 		return fmt.Errorf("date stream: %w", err)
 	}
 	return nil
@@ -313,13 +350,16 @@ func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
 		if err != nil {
 			return err
 		}
-		if !found || !known {
-			d.count.gone.Add(1) // the message is lost: nothing else holds it
-			return fmt.Errorf("position %d: %w", p.Position, ErrNoRecord)
+		if !found || !known { // the message is lost: nothing else holds it
+			b.gone++
+			if found {
+				return s.mend(d, b, logKey[:])
+			}
+			return nil
 		}
 	}
 	s.key = appendMailboxKey(s.key[:0], p.User, p.Device, p.Position, &id)
-	there, err := s.mailboxRow(d)
+	there, err := s.mailboxRow(d, b)
 	if err != nil || *there {
 		return err
 	}
@@ -328,7 +368,7 @@ func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
 		return err
 	}
 	b.puts = true
-	c, err := s.countMailbox(d, p.User, p.Device, 1)
+	c, err := s.countMailbox(d, b, p.User, p.Device, 1)
 	if err != nil {
 		return err
 	}
@@ -344,7 +384,7 @@ func (s *builder) putMailbox(d *DB, b *batch, p *backend.MailboxPut) error {
 
 func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
 	s.key = appendMailboxKey(s.key[:0], k.User, k.Device, k.Position, &k.ID)
-	there, err := s.mailboxRow(d)
+	there, err := s.mailboxRow(d, b)
 	if err != nil || !*there {
 		return err
 	}
@@ -352,7 +392,7 @@ func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
 	if err := b.kv.Delete(s.key, nil); err != nil {
 		return err
 	}
-	c, err := s.countMailbox(d, k.User, k.Device, -1)
+	c, err := s.countMailbox(d, b, k.User, k.Device, -1)
 	if err != nil {
 		return err
 	}
@@ -361,16 +401,13 @@ func (s *builder) deleteMailbox(d *DB, b *batch, k *backend.MailboxKey) error {
 }
 
 // mailboxRow says whether the mailbox row at s.key is there.
-func (s *builder) mailboxRow(d *DB) (*bool, error) {
-	return row(d, s.rows, s.key, func([]byte) (bool, error) { return true, nil })
+func (s *builder) mailboxRow(d *DB, b *batch) (*bool, error) {
+	return row(s, d, b, s.rows, s.key, anyRows)
 }
 
-func (s *builder) countMailbox(d *DB, user, device string, change int64) (*mailboxCount, error) {
+func (s *builder) countMailbox(d *DB, b *batch, user, device string, change int64) (*mailboxCount, error) {
 	s.key = appendMailboxName(s.key[:0], rangeCounts, user, device)
-	c, err := row(d, s.counts, s.key, func(value []byte) (mailboxCount, error) {
-		r, err := decodeCount(value)
-		return mailboxCount{before: r.rows, now: r.rows, low: r.low, removed: uint32(r.removed)}, err
-	})
+	c, err := row(s, d, b, s.counts, s.key, countRows)
 	if err != nil {
 		return nil, err
 	}
@@ -391,7 +428,7 @@ func (s *builder) findLow(d *DB, c *mailboxCount) error {
 			return true, nil // this batch deletes it
 		}
 		if len(key) != len(prefix)+mailboxPlaceBytes {
-			return false, fmt.Errorf("mailbox key: %w", errRow)
+			return true, nil
 		}
 		if position := binary.BigEndian.Uint64(key[len(prefix):]); first == 0 || position < first {
 			first = position
@@ -409,9 +446,9 @@ func (s *builder) findLow(d *DB, c *mailboxCount) error {
 // of its windows, and its next block is above every block that they know. So no window outlives the row (see expireKinds), and
 // if that has expired under a connection that was silent for two years, the next login does not draw its block again.
 // It is called once a day and once a connection for each window.
-func (s *builder) useStream(d *DB, stream *backend.Stream, block uint32) error {
+func (s *builder) useStream(d *DB, b *batch, stream *backend.Stream, block uint32) error {
 	s.key = appendStreamKey(s.key[:0], stream)
-	r, err := row(d, s.streams, s.key, decodeStreamRow)
+	r, err := row(s, d, b, s.streams, s.key, streamRows)
 	if err != nil {
 		return err
 	}
@@ -420,12 +457,9 @@ func (s *builder) useStream(d *DB, stream *backend.Stream, block uint32) error {
 }
 
 // register draws the next block of a stream and adds its device to the user's, in the overlays.
-func (s *builder) register(d *DB, r *registration) error {
+func (s *builder) register(d *DB, b *batch, r *registration) error {
 	s.key = appendDevicesKey(s.key[:0], r.stream.User)
-	devices, err := row(d, s.devices, s.key, func(value []byte) (userDevices, error) {
-		list, err := decodeDevices(value)
-		return userDevices{list: list}, err
-	})
+	devices, err := row(s, d, b, s.devices, s.key, deviceRows)
 	if err != nil {
 		return err
 	}
@@ -435,7 +469,7 @@ func (s *builder) register(d *DB, r *registration) error {
 		return nil
 	}
 	s.key = appendStreamKey(s.key[:0], &r.stream)
-	stream, err := row(d, s.streams, s.key, decodeStreamRow)
+	stream, err := row(s, d, b, s.streams, s.key, streamRows)
 	if err != nil {
 		return err
 	}
@@ -446,7 +480,7 @@ func (s *builder) register(d *DB, r *registration) error {
 	if at < 0 {
 		at = len(devices.list)
 		devices.list = append(devices.list, backend.Device{Name: r.stream.Device, Heir: at == 0})
-		devices.added = true
+		devices.changed = true
 	}
 	r.block, r.heir = stream.next, devices.list[at].Heir
 	stream.next++
@@ -517,7 +551,7 @@ func (s *builder) writeOverlays(d *DB, b *batch) error {
 		}
 	}
 	for key, devices := range s.devices {
-		if !devices.added {
+		if !devices.changed {
 			continue
 		}
 		if err := s.set(b, key, appendDevices(s.value[:0], devices.list)); err != nil {
@@ -544,7 +578,7 @@ func (s *builder) set(b *batch, key string, value []byte) error {
 
 // writeCount writes a mailbox count, and the row that says that it is full, if that changed.
 func (s *builder) writeCount(d *DB, b *batch, key string, c *mailboxCount) error {
-	if c.now == c.before && c.lowPut == 0 {
+	if c.now == c.before && c.lowPut == 0 && !c.changed {
 		return nil
 	}
 	var err error

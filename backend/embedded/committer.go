@@ -27,7 +27,8 @@ type pending struct {
 	commits   []*backend.Commit
 	firstRow  int // of commits[0]: those before went with an earlier batch
 	registers []registration
-	expiry    *expiry // at most one: the sweeper waits for it
+	expiry    *expiry  // at most one: the sweeper waits for it
+	suspects  [][]byte // keys of rows that do not decode
 
 	commitBytes int
 	commitUntil time.Time // when the oldest commit has waited for company long enough; zero: none waits
@@ -74,7 +75,7 @@ func commitSize(c *backend.Commit) int {
 // due reports whether a batch is to be built now; if not, until is when it will be, zero for never.
 func (p *pending) due(now time.Time) (yes bool, until time.Time) {
 	switch {
-	case len(p.appends) > 0, len(p.registers) > 0, p.urgent, p.expiry != nil, p.commitBytes >= maxCommitBytes:
+	case len(p.appends) > 0, len(p.registers) > 0, p.urgent, p.expiry != nil, len(p.suspects) > 0, p.commitBytes >= maxCommitBytes:
 		return true, until
 	case p.closing && (len(p.commits) > 0 || !p.trimUntil.IsZero()):
 		return true, until
@@ -124,6 +125,7 @@ func (p *pending) take(b *batch) {
 	p.registers = dropFirst(p.registers, n)
 
 	b.expiry, p.expiry = p.expiry, nil
+	b.suspects, p.suspects = p.suspects, nil
 }
 
 // giveBack takes the commits back that did not fit b, the first of them from b.nextRow on.
@@ -168,6 +170,9 @@ type batch struct {
 	nextRow   int // of the next one the rows from here on do not fit
 	registers []registration
 	expiry    *expiry
+	suspects  [][]byte
+	aside     [][]byte // keys of damaged rows that were set aside
+	gone      uint64   // messages to be stored that were not in the log
 	full      []fullChange
 	memory    int64 // what its records hold of MaxWaitingBytes
 	puts      bool  // it has mailbox rows
@@ -202,7 +207,7 @@ func (b *batch) recycle() {
 	b.commits = b.commits[:0]
 	clear(b.registers)
 	b.registers = b.registers[:0]
-	b.expiry, b.firstRow, b.memory, b.err, b.bytes = nil, 0, 0, nil, 0
+	b.expiry, b.suspects, b.firstRow, b.memory, b.err, b.bytes = nil, nil, 0, 0, nil, 0
 }
 
 // clearBuilt takes back what build has made of what b took.
@@ -216,6 +221,7 @@ func (b *batch) clearBuilt() {
 	b.answers = b.answers[:0]
 	clear(b.full)
 	b.full = b.full[:0]
+	b.aside, b.gone = nil, 0
 	b.complete, b.nextRow, b.puts, b.finishes = 0, 0, false, false
 	for i := range b.registers {
 		r := &b.registers[i]
@@ -282,8 +288,8 @@ func (d *DB) next(b *batch) bool {
 	}
 }
 
-// write builds b and gives it to Pebble. An error here means that a row could not be read, for good, or is not one of ours:
-// nothing of b is written, and the store stops taking anything, for a batch left out would break the order of those behind it.
+// write builds b and gives it to Pebble. An error here means that a row could not be read, for good: nothing of b is written,
+// and the store stops taking anything, for a batch left out would break the order of those behind it.
 func (d *DB) write(b *batch) {
 	if b.err == nil {
 		b.err = d.insist(func() error { return d.builder.build(d, b) })
@@ -347,7 +353,7 @@ func (d *DB) insist(read func() error) error {
 }
 
 func mayPass(err error) bool {
-	return !errors.Is(err, errRow) && !errors.Is(err, ErrNoRecord) && !errors.Is(err, ErrClosed) && !errors.Is(err, pebble.ErrCorruption)
+	return !errors.Is(err, errRow) && !errors.Is(err, ErrClosed) && !errors.Is(err, pebble.ErrCorruption)
 }
 
 func (d *DB) stall(err error) {
@@ -442,6 +448,7 @@ func (d *DB) report(b *batch) {
 	if b.puts {
 		d.at("after_mailbox_write")
 	}
+	d.countDamage(b)
 	for _, c := range b.full {
 		d.hooks.MailboxFull(c.user, c.device, c.full)
 	}

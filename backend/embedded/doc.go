@@ -35,6 +35,7 @@
 //	counts       'c' user 0 device                          rows of that mailbox and where they begin; no row for none
 //	full         'f' user 0 device                          nothing: the mailbox is at its limit
 //	outstanding  'o' conversation addressee 0 position(8)   mark
+//	damaged      'q' key of another row                     its value, which does not decode: set aside, see damage.go
 //	receipts     'r' sender 0 addressee 0 conversation      delivered mark, top mark, time of change
 //
 // Every value begins with a version byte but for identity and full. The devices of a user are one row, because the

@@ -3,7 +3,6 @@ package embedded
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"time"
 
@@ -65,7 +64,6 @@ type sweeper struct {
 	startMs   int64         // clock.seenMs at the start of the pass
 	rowsMs    int64         // rows dated before are older than expireRows
 	streamsMs int64
-	spoiled   bool // a row that does not decode was reported in this pass
 }
 
 // expiry is what one step of the sweeper found, for the committer.
@@ -93,6 +91,10 @@ func (s *sweeper) load(d *DB) error {
 		s.clock, err = decodeAgeClock(value)
 		return err
 	})
+	if isDamage(err) { // it has seen no time pass, so nothing is old
+		d.log.Error("the stored age clock is damaged: ages are counted from now on", "error", err)
+		s.clock, err = ageClock{}, nil
+	}
 	if err != nil {
 		return fmt.Errorf("read age clock: %w", err)
 	}
@@ -165,7 +167,7 @@ func (s *sweeper) observe(wall time.Time, ran time.Duration) {
 	s.startMs = s.clock.seenMs
 	s.rowsMs, s.streamsMs = s.clock.before(expireRows), s.clock.before(expireStreams)
 	s.clock.forget(s.streamsMs)
-	s.sincePass, s.passed, s.spoiled = 0, true, false
+	s.sincePass, s.passed = 0, true
 	s.begin(expireMailbox)
 }
 
@@ -192,8 +194,8 @@ func (d *DB) collect(e *expiry) error {
 			for ; ok && looks < sweepRows; looks++ {
 				young, err := s.examine(it, e)
 				switch {
-				case errors.Is(err, errRow):
-					s.report(d, it.Key(), err)
+				case isDamage(err):
+					d.suspect(it.Key())
 				case err != nil:
 					return err
 				}
@@ -284,14 +286,6 @@ func cutPosition(key []byte, tail int) (position uint64, prefix int, err error) 
 }
 
 func (s *sweeper) isYoung(position uint64) bool { return protocol.PositionMillis(position) >= s.rowsMs }
-
-// report says, once in a pass, that a row is not one of ours. It stays where it is.
-func (s *sweeper) report(d *DB, key []byte, err error) {
-	if !s.spoiled {
-		s.spoiled = true
-		d.log.Error("a stored row is damaged; it cannot expire", "range", string(key[:1]), "error", err)
-	}
-}
 
 // expire gives e to the committer and waits until it is durable. It returns false if that will not be: the DB closes or has failed.
 func (d *DB) expire(e *expiry) bool {

@@ -3,7 +3,6 @@ package embedded
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -35,7 +34,7 @@ func (d *DB) applyLimit() error {
 	}
 	err := d.scan([]byte{rangeCounts}, []byte{rangeCounts + 1}, func(key, value []byte) (bool, error) {
 		c, err := decodeCount(value)
-		if errors.Is(err, errRow) || c.rows < limit {
+		if isDamage(err) || c.rows < limit {
 			return true, nil // what is damaged is counted anew when it is next used
 		}
 		if b.Len() >= maxBatchBytes {
@@ -60,7 +59,8 @@ func (d *DB) fullMailboxes(yield func(user, device string)) error {
 	err := d.scan([]byte{rangeFull}, []byte{rangeFull + 1}, func(key, _ []byte) (bool, error) {
 		user, device, ok := bytes.Cut(key[1:], []byte{0})
 		if !ok {
-			return false, fmt.Errorf("full mailbox key: %w", errRow)
+			d.suspect(key)
+			return true, nil
 		}
 		yield(string(user), string(device))
 		return true, nil

@@ -16,6 +16,7 @@ const (
 	rangeLog         = 'l'
 	rangeMailbox     = 'm'
 	rangeOutstanding = 'o'
+	rangeDamaged     = 'q'
 	rangeReceipts    = 'r'
 	rangeStreams     = 's'
 	rangeWindows     = 'w'

@@ -53,6 +53,9 @@ func (d *DB) Metrics(emit func(name, help string, counter bool, value float64, l
 	emit(p+"trims_total", "Times the log was trimmed.", true, float64(c.trims.Load()))
 	emit(p+"log_reads_total", "Records read back from the log, after a restart or by a shard that lagged.", true, float64(c.diskReads.Load()))
 
+	for i, r := range damageRanges {
+		emit(p+"damaged_rows_total", "Rows that could not be decoded and were set aside, by key range.", true, float64(c.damaged[i].Load()), "range", r.name)
+	}
 	emit(p+"read_retries_total", "Reads that failed and that everything waited for.", true, float64(c.readRetries.Load()))
 
 	const refused, refusedHelp = p + "refused_total", "Records refused, by reason."

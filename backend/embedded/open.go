@@ -32,9 +32,6 @@ var ErrFormat = errors.New("the data directory has another format")
 // ErrClosed is returned by reads after Close.
 var ErrClosed = errors.New("embedded: closed")
 
-// ErrNoRecord says that the log has no record at a position: it was never given, or its record is finished.
-var ErrNoRecord = errors.New("no record at this position")
-
 // formatVersion is what FORMAT holds. It is raised when an older version must not open the directory. Format 2 has longer
 // counts and states; rows of format 1 are read as they are, so a directory of format 1 is taken over.
 const formatVersion = 2
@@ -306,14 +303,16 @@ func (d *DB) recover() error {
 	b.trimmed = b.last + 1
 	first := true
 	err = d.scanLog(0, 1<<63, func(position uint64, value []byte) (bool, error) {
-		hash, ok := recordConversation(value)
-		if !ok {
-			return false, fmt.Errorf("record at position %d: %w", position, errRow)
-		}
 		if first {
 			b.trimmed, first = position, false
 		}
 		b.last = max(b.last, position)
+		hash, ok := recordConversation(value)
+		if !ok {
+			d.suspect(appendLogKey(nil, position))
+			d.count.gone.Add(1)
+			return true, nil
+		}
 		i := hash % uint64(len(d.shards))
 		d.shards[i].unread++
 		b.lows[i].appended(position)
@@ -411,10 +410,11 @@ type counters struct {
 	syncNanos atomic.Uint64
 	trims     atomic.Uint64
 	diskReads atomic.Uint64 // records that Read took from the log
-	gone      atomic.Uint64 // unfinished records that were not in the log
+	gone      atomic.Uint64 // unfinished records that were not in the log, and mailbox rows, lost
 	early     atomic.Uint64 // batches of answers before their sync
 
 	readRetries atomic.Uint64
+	damaged     [len(damageRanges)]atomic.Uint64
 
 	refusedWaiting atomic.Uint64
 	refusedLag     atomic.Uint64

@@ -87,7 +87,8 @@ func (d *DB) readLog(shard int, from, until uint64, dst []*backend.Record, max i
 	err := d.scanLog(from+1, until+1, func(position uint64, value []byte) (bool, error) {
 		hash, ok := recordConversation(value)
 		if !ok {
-			return false, fmt.Errorf("record at position %d: %w", position, errRow)
+			d.suspect(appendLogKey(nil, position))
+			return true, nil
 		}
 		if int(hash%uint64(len(d.shards))) != shard {
 			return true, nil
@@ -121,7 +122,8 @@ func (d *DB) scanLog(from, until uint64, yield func(position uint64, value []byt
 	return d.scan(appendLogKey(lower[:0], from), appendLogKey(upper[:0], until), func(key, value []byte) (bool, error) {
 		position, ok := logKeyPosition(key)
 		if !ok {
-			return false, fmt.Errorf("log key %x: %w", key, errRow)
+			d.suspect(key)
+			return true, nil
 		}
 		return yield(position, value)
 	})

@@ -74,22 +74,27 @@ func decodeRecord(value []byte, position uint64) (*backend.Record, error) {
 	return r, nil
 }
 
-// recordConversation is the conversation hash of a stored record; it decodes no more than the names.
+// recordRest is what follows the names but for the content: id, epoch, seq, accepted.
+const recordRest = 16 + 8 + 6 + 6
+
+// recordConversation is the conversation hash of a stored record, ok if decodeRecord takes it too.
 func recordConversation(value []byte) (hash uint64, ok bool) {
 	d := decoder{rest: value}
 	d.version()
 	sender, receiver := d.short(), d.short()
+	d.short()
+	d.take(recordRest)
 	return protocol.ConversationHash(sender, receiver), !d.failed
 }
 
-// recordID is the id of a stored record.
+// recordID is the id of a stored record, ok if decodeRecord takes it too.
 func recordID(value []byte) (id protocol.MessageID, ok bool) {
 	d := decoder{rest: value}
 	d.version()
 	d.short()
 	d.short()
 	d.short()
-	copy(id[:], d.take(len(id)))
+	copy(id[:], d.take(recordRest))
 	return id, !d.failed
 }
 

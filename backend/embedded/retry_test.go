@@ -18,6 +18,7 @@ import (
 // unreadable is a file system whose tables, when failing, can be read left more times.
 type unreadable struct {
 	vfs.FS
+	err     error
 	failing atomic.Bool
 	left    atomic.Int64
 	failed  atomic.Int64
@@ -43,7 +44,7 @@ type unreadableFile struct {
 func (f *unreadableFile) ReadAt(b []byte, at int64) (int, error) {
 	if f.fs.failing.Load() && f.fs.left.Add(-1) < 0 {
 		f.fs.failed.Add(1)
-		return 0, errUnreadable
+		return 0, f.fs.err
 	}
 	return f.File.ReadAt(b, at)
 }
@@ -101,7 +102,7 @@ func TestReadErrorPasses(t *testing.T) {
 	disk := tables(t)
 	for left := range int64(12) {
 		synctest.Test(t, func(t *testing.T) {
-			fs := &unreadable{FS: disk.CrashClone(vfs.CrashCloneCfg{})}
+			fs := &unreadable{FS: disk.CrashClone(vfs.CrashCloneCfg{}), err: errUnreadable}
 			d := openRetry(t, fs)
 			a := newAnswers()
 			d.Start(backend.Hooks{Answer: a.take})
@@ -172,7 +173,7 @@ func TestReadErrorStays(t *testing.T) {
 	}{{"stays", false, maxReadTries * readRetry}, {"closing", true, time.Second}} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				fs := &unreadable{FS: disk.CrashClone(vfs.CrashCloneCfg{})}
+				fs := &unreadable{FS: disk.CrashClone(vfs.CrashCloneCfg{}), err: errUnreadable}
 				d := openRetry(t, fs)
 				a := newAnswers()
 				d.Start(backend.Hooks{Answer: a.take})
@@ -206,7 +207,7 @@ func TestReadErrorStays(t *testing.T) {
 // TestCorruptionDoesNotPass: what a checksum or a decoder refuses is not read again and again.
 func TestCorruptionDoesNotPass(t *testing.T) {
 	d := open(t, Config{FS: vfs.NewMem(), Shards: 1})
-	for _, err := range []error{pebble.ErrCorruption, errRow, ErrNoRecord, ErrClosed} {
+	for _, err := range []error{pebble.ErrCorruption, errRow, ErrClosed} {
 		tries := 0
 		if got := d.insist(func() error { tries++; return err }); got != err || tries != 1 {
 			t.Errorf("%v: %d tries, then %v", err, tries, got)

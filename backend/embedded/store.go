@@ -42,10 +42,15 @@ func (d *DB) Register(s backend.Stream, done func(block uint32, heir bool, refus
 // Devices are the registered devices of a user, in the order in which they registered.
 func (d *DB) Devices(user string) (devices []backend.Device, err error) {
 	var scratch [128]byte
-	_, err = d.view(appendDevicesKey(scratch[:0], user), func(value []byte) (err error) {
+	key := appendDevicesKey(scratch[:0], user)
+	_, err = d.view(key, func(value []byte) (err error) {
 		devices, err = decodeDevices(value)
 		return err
 	})
+	if isDamage(err) {
+		d.suspect(key)
+		devices, err = d.rebuildDevices(user)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read devices: %w", err)
 	}
@@ -55,11 +60,16 @@ func (d *DB) Devices(user string) (devices []backend.Device, err error) {
 // Window is one duplicate window.
 func (d *DB) Window(k backend.WindowKey) (w backend.Window, err error) {
 	var scratch [320]byte
-	_, err = d.view(appendWindowKey(scratch[:0], &k), func(value []byte) error {
+	key := appendWindowKey(scratch[:0], &k)
+	_, err = d.view(key, func(value []byte) error {
 		row, err := decodeWindow(value)
 		w = row.Window
 		return err
 	})
+	if isDamage(err) {
+		d.suspect(key)
+		w, err = d.rebuildWindow(&k)
+	}
 	if err != nil {
 		return w, fmt.Errorf("read window: %w", err)
 	}
@@ -69,10 +79,15 @@ func (d *DB) Window(k backend.WindowKey) (w backend.Window, err error) {
 // Receipt is one receipt row.
 func (d *DB) Receipt(k backend.ReceiptKey) (row backend.ReceiptRow, err error) {
 	var scratch [320]byte
-	_, err = d.view(appendReceiptKey(scratch[:0], &k), func(value []byte) (err error) {
+	key := appendReceiptKey(scratch[:0], &k)
+	_, err = d.view(key, func(value []byte) (err error) {
 		row, err = decodeReceipt(value)
 		return err
 	})
+	if isDamage(err) {
+		d.suspect(key)
+		row, err = backend.ReceiptRow{}, nil
+	}
 	if err != nil {
 		return row, fmt.Errorf("read receipt: %w", err)
 	}
@@ -86,10 +101,18 @@ func (d *DB) FirstOutstanding(conversation, addressee string, from uint64) (row 
 	prefix := appendOutstandingPrefix(upper[:0], conversation, addressee)
 	low := binary.BigEndian.AppendUint64(append(lower[:0], prefix...), from)
 	prefix[len(prefix)-1]++ // the zero that ends addressee: see appendAfter
-	err = d.scan(low, prefix, func(_, value []byte) (bool, error) {
-		row.Mark, err = decodeOutstanding(value)
-		ok = err == nil
-		return false, err
+	err = d.scan(low, prefix, func(key, value []byte) (bool, error) {
+		position, _, err := cutPosition(key, 0)
+		if err != nil {
+			d.suspect(key)
+			return true, nil
+		}
+		if row.Mark, err = decodeOutstanding(value); err != nil {
+			d.suspect(key)
+			row.Mark = backend.Mark{Position: position}
+		}
+		ok = true
+		return false, nil
 	})
 	if err != nil {
 		return row, false, fmt.Errorf("read outstanding: %w", err)
@@ -101,10 +124,15 @@ func (d *DB) FirstOutstanding(conversation, addressee string, from uint64) (row 
 // MailboxRow is one row of a mailbox.
 func (d *DB) MailboxRow(k backend.MailboxKey) (r *backend.Record, ok bool, err error) {
 	var scratch [160]byte
-	ok, err = d.view(appendMailboxKey(scratch[:0], k.User, k.Device, k.Position, &k.ID), func(value []byte) (err error) {
+	key := appendMailboxKey(scratch[:0], k.User, k.Device, k.Position, &k.ID)
+	ok, err = d.view(key, func(value []byte) (err error) {
 		r, err = decodeRecord(value, k.Position)
 		return err
 	})
+	if isDamage(err) {
+		d.suspect(key)
+		return nil, false, nil
+	}
 	if err != nil {
 		return nil, false, fmt.Errorf("read mailbox row: %w", err)
 	}
@@ -129,17 +157,18 @@ func (d *DB) MailboxPage(user, device string, position uint64, id protocol.Messa
 			from = binary.BigEndian.AppendUint64(append(from[:0], prefix...), low)
 		}
 		for ok := it.SeekGE(from); ok && len(page) < limit; ok = it.Next() {
-			key := it.Key()
-			if len(key) != len(prefix)+mailboxPlaceBytes {
-				return fmt.Errorf("mailbox key: %w", errRow)
-			}
 			value, err := it.ValueAndErr()
 			if err != nil {
 				return err
 			}
-			r, err := decodeRecord(value, binary.BigEndian.Uint64(key[len(prefix):]))
-			if err != nil {
-				return err
+			key := it.Key()
+			var r *backend.Record
+			if len(key) == len(prefix)+mailboxPlaceBytes {
+				r, err = decodeRecord(value, binary.BigEndian.Uint64(key[len(prefix):]))
+			}
+			if r == nil || err != nil {
+				d.suspect(key)
+				continue
 			}
 			page = append(page, r)
 		}
@@ -157,11 +186,16 @@ func (d *DB) MailboxPage(user, device string, position uint64, id protocol.Messa
 // below low after the iterator was made lowers it, and is not for this page anyway.
 func (d *DB) mailboxLowLocked(user, device string) (low uint64, some bool, err error) {
 	var scratch [128]byte
-	some, err = d.viewLocked(appendMailboxName(scratch[:0], rangeCounts, user, device), func(value []byte) error {
+	key := appendMailboxName(scratch[:0], rangeCounts, user, device)
+	some, err = d.viewLocked(key, func(value []byte) error {
 		c, err := decodeCount(value)
 		low = c.low
 		return err
 	})
+	if isDamage(err) {
+		d.suspect(key)
+		return 0, true, nil
+	}
 	return low, some, err
 }
 
@@ -171,14 +205,15 @@ func (d *DB) ReceiptsSince(sender string, since int64, yield func(backend.Receip
 	err := d.scan(prefix, appendAfter(nil, prefix), func(key, value []byte) (bool, error) {
 		row, err := decodeReceipt(value)
 		if err != nil {
-			return false, err
+			d.suspect(key)
+			return true, nil
 		}
 		if row.ChangedMs < since {
 			return true, nil
 		}
 		addressee, conversation, ok := bytes.Cut(key[len(prefix):], []byte{0})
 		if !ok {
-			return false, fmt.Errorf("receipt key: %w", errRow)
+			return true, nil // nothing can be said about it
 		}
 		row.ReceiptKey = backend.ReceiptKey{Sender: sender, Conversation: string(conversation), Addressee: string(addressee)}
 		return yield(row), nil
