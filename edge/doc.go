@@ -10,6 +10,8 @@
 //	upgrade.go origin.go the HTTP request that starts a WebSocket
 //	websocket.go         bytes to messages (RFC 6455)
 //	conn.go              what a connection may do when
+//	authenticate.go      who a client is: tokens of upgrades, connects and renewals
+//	verifiers.go         tokens that take long are verified away from the loops
 //	uplink.go            sends go to the Publisher, answers come back; uplink_state.go decides
 //	inbox.go             how other goroutines reach a loop
 //	downlink.go          messages go out, acknowledgements come back; downlink_state.go decides
@@ -22,6 +24,9 @@
 //
 //	connections               MaxConnections, exactly, in OnOpen
 //	an upgrade request        maxHeadBytes, maxHeadLines, AuthenticateSeconds
+//	tokens to be verified     maxWaitingTokens, a share for each loop, one for each connection; AuthenticateSeconds
+//	renewals                  renewTicks
+//	behind an upgrade         maxEarlyBytes, until its token is verified
 //	a WebSocket message       protocol.MaxBinaryFrameBytes, MaxJSONFrameBytes, MaxFragments, FrameSeconds
 //	sends not answered        protocol.MaxOpenSpan
 //	messages in flight        protocol.MaxUnacknowledged
@@ -29,6 +34,9 @@
 //	receipts that wait        maxWaitingReceipts
 //	pushes to a loop          inboxBytes
 //	time                      every wait has a deadline that a sweep looks at
+//
+// A token whose verification takes public-key arithmetic never holds a loop up: at most maxVerifiers workers, and at most half of the
+// cores, verify those, in turns between the loops. Tokens that were verified before, and HS256, are verified on the loop.
 //
 // An idle connection owns no heap object: its state is a slot of a slab, its names a block of an arena, and what only an active one
 // needs (an incomplete frame, open sends, messages in flight) is borrowed from pools.

@@ -27,7 +27,7 @@ const (
 	CodeFrameTooLarge    Code = 17 // over a size limit
 
 	// Trying the same bytes again after retry_after_ms can succeed.
-	CodeRateLimited    Code = 32 // over the message rate
+	CodeRateLimited    Code = 32 // over the message rate, or a renew too soon
 	CodeOverloaded     Code = 33 // the server is behind
 	CodeStoreFull      Code = 34 // the server's disk is nearly full
 	CodeShuttingDown   Code = 35 // the server is going away
@@ -112,7 +112,7 @@ const (
 	CloseTooBig        CloseCode = 1009
 	CloseInternal      CloseCode = 1011
 	CloseRestart       CloseCode = 1012 // after go_away: connect again after its delay
-	CloseTryAgain      CloseCode = 1013 // the device could not be registered now: connect again after the error's delay
+	CloseTryAgain      CloseCode = 1013 // the token could not be verified, or the device not be registered, now: connect again after the error's delay
 
 	CloseTokenExpired CloseCode = 4401 // get a new token, then connect
 	CloseTimeout      CloseCode = 4408 // authentication, a frame or a heartbeat took too long
@@ -121,7 +121,7 @@ const (
 	CloseBlockUsed    CloseCode = 4430 // the connection has used up its numbers: connect for new ones
 
 	CloseSessionReplaced CloseCode = 4500 // the same device connected elsewhere
-	CloseUnauthorized    CloseCode = 4501 // the token was refused
+	CloseUnauthorized    CloseCode = 4501 // the token was refused, or an operator ended the session
 	CloseNotConnected    CloseCode = 4502 // something else before connected
 	CloseTooManyDevices  CloseCode = 4503 // a ninth device
 )

@@ -85,7 +85,8 @@
 // Authentication is by the first message, connect (§3), or by Authorization: Bearer in the upgrade; browsers
 // can only do the first. With the header the device is the query parameter device (percent-encoded, the first if there are several, "default" if
 // absent or empty), the server makes an epoch, and all receipts are sent; a client that has an epoch to come
-// back with must use connect. Without the header the query is not looked at. A token never goes into the URL.
+// back with must use connect. The upgrade is answered when the token has been verified; of what the client sends before, 16 KiB at most,
+// nothing is lost. Without the header the query is not looked at. A token never goes into the URL.
 //
 // Origin. A request with an Origin header, which every browser sends, must come from the same host and port as its Host
 // header, or from an origin on the server's list. A request without one is allowed: nothing here is authenticated by
@@ -100,9 +101,10 @@
 //	     (405 goes before 404, 403 before 401; GET / is answered by a page for people)
 //	426  not a WebSocket upgrade of version 13                                 do not repeat
 //	431  over 8 KiB, 64 lines, or a request line over 4 KiB                    do not repeat
-//	503  the server is going away or full                                      again after Retry-After (seconds)
+//	503  the server is going away, full, or cannot verify a token for now      again after Retry-After (seconds)
 //
-// The upgrade must be complete 5 s after the connection was accepted, and so must connect; else the server closes.
+// The upgrade must be complete 5 s after the connection was accepted, and so must connect; else the server closes. Within the same
+// 5 s the token is verified; when the server cannot, it is 503 or, behind connect, close 1013 with overloaded or internal.
 //
 // # 3 The life of a connection
 //
@@ -409,6 +411,12 @@
 // long as the old token. If no new one comes the server closes with 4401 when the old one ends; the client then gets a new
 // token and connects again. A client may send renew at any time. It should not connect with a token that is about to end.
 //
+// A renew that comes before the last one is answered, or within a second of it, is not looked at and gets rate_limited (of several
+// in one WebSocket message only the first 16 are answered). One whose token the server cannot verify for now gets overloaded or internal; after
+// their retry_after_ms the client sends it again, or waits for the server, which then asks again.
+//
+// Who runs the server can end the sessions of a user: each gets unauthorized and close 4501.
+//
 // # 13 Heartbeat, going away, connecting again
 //
 // The server sends a WebSocket ping on a connection from which nothing has come for heartbeat_seconds; a peer
@@ -450,6 +458,7 @@
 //	nesting of ignored JSON              32
 //	messages waiting for a device        100 000, for a year each
 //	sends                                20 a second, bursts of 100, unless configured
+//	renew                                one at a time, one a second
 //	upgrade request                      8 KiB, 64 lines, request line 4 KiB
 //	from accept to a valid connect       5 s
 //	from first to last byte of a message 30 s
@@ -464,7 +473,8 @@
 //	 3  not_connected      something else before connected; close 4502
 //	 4  already_connected  a second connect; nothing happens
 //	 5  unauthorized       token missing, malformed, not valid yet, of another user (renew), or signed by
-//	                       an unknown key. On connect: close 4501
+//	                       an unknown key; or an operator has ended the session. On connect and
+//	                       then: close 4501
 //	 6  token_expired      token past its exp: get a new one. On connect: close 4401
 //	 7  bad_receiver       receiver_id is not a user id                                         ends
 //	 8  empty_content      content has no character                                             ends
@@ -483,12 +493,12 @@
 //
 // With retry_after_ms; about a send, its number stays open:
 //
-//	32  rate_limited       over the rate of sends
-//	33  overloaded         the server is behind
+//	32  rate_limited       over the rate of sends, or a renew too soon after another (§12)
+//	33  overloaded         the server is behind. On connect: close 1013
 //	34  store_full         the server's disk is nearly full
 //	35  shutting_down      the server, or this connection's block of numbers, is coming to its end
 //	36  outcome_unknown    the server cannot tell whether the message is durable: send it again
-//	37  internal           the server failed
+//	37  internal           the server failed. On connect: close 1013
 //
 // When several things are wrong with a send, one is named, in this order: bad_request, bad_receiver, empty_content, content_too_long,
 // window_exceeded. A code that a client does not know is final for a send if it carries no retry_after_ms, and retryable if it does.
@@ -508,7 +518,7 @@
 //	1009  a message or its fragments are over a limit                do not
 //	1011  the server failed                                          connect again
 //	1012  the server is restarting, after go_away                    connect again after its retry_after_ms
-//	1013  the device could not be registered for now, after an error connect again after its retry_after_ms
+//	1013  the server cannot let the client in for now, after an error connect again after its retry_after_ms
 //
 //	4401  the token has expired                                      get a new token, then connect again
 //	4408  authentication, a message or a heartbeat took too long     connect again
@@ -517,7 +527,7 @@
 //	4430  the numbers of this connection are used up, after go_away  connect again
 //
 //	4500  the same device connected elsewhere                        only when the user asks for it
-//	4501  the token was refused                                      only with a new token
+//	4501  the token was refused, or an operator ended the session    only with a new token
 //	4502  something else before connected                            do not: a defect of the client
 //	4503  the user has 8 other devices                               do not
 //
