@@ -997,65 +997,30 @@ func receiptsAfter(t *testing.T, path string) int64 {
 	return st.receiptsAfter
 }
 
-// TestReceiptsAfter: receipts are asked for again until it is certain that the application has all of them.
+// TestReceiptsAfter: the next process asks for what changed after the newest receipt that the application has.
 func TestReceiptsAfter(t *testing.T) {
-	// A step of a connection: after a while a receipt comes that changed so long after (before) the connection stood.
-	type step struct{ wait, changed time.Duration }
-	const second, quiet = time.Second, receiptsQuiet
-	steady := func(n int) (steps []step) {
-		for i := range n {
-			steps = append(steps, step{second, time.Duration(i+1) * second})
-		}
-		return steps
-	}
-	for name, c := range map[string]struct {
-		steps  []step
-		rest   time.Duration // until Close
-		silent bool          // no OnEvent
-		want   time.Duration // after the connection stood
-		none   bool
-		about  time.Duration // so much less is right, too
-	}{
-		"nothing comes":                  {rest: 2 * quiet, none: true},
-		"not yet certain":                {steps: []step{{second, second}}, rest: quiet - 2*second, none: true},
-		"certain":                        {steps: []step{{second, second}}, rest: quiet, want: second},
-		"in any order":                   {steps: []step{{second, -3 * second}, {0, -second}, {0, -2 * second}}, rest: quiet + second, want: -second},
-		"late, after a live one":         {steps: []step{{second, second}, {quiet - 2*second, -second}}, rest: quiet - second, none: true},
-		"slow":                           {steps: []step{{quiet - second, -9 * second}, {quiet - second, -3 * second}, {quiet - second, -5 * second}}, rest: quiet - second, none: true},
-		"slow, with live ones, and over": {steps: []step{{quiet - second, -9 * second}, {0, quiet}, {quiet - second, -3 * second}}, rest: quiet + second, want: quiet},
-		"steady live ones":               {steps: steady(300), about: 3 * quiet, want: 300 * second},
-		"without OnEvent":                {steps: []step{{second, second}}, rest: quiet, silent: true, want: second},
-	} {
-		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, s *fakeServer) {
-				o := s.options("alice")
-				o.StatePath = filepath.Join(t.TempDir(), "state")
-				if !c.silent {
-					o.OnEvent = func(Event) {}
-				}
-				client := mustDial(t, o)
-				stood := time.Now()
-				s.mu.Lock()
-				session := s.sessions["alice/default"]
-				s.mu.Unlock()
-				for i, step := range c.steps {
-					time.Sleep(step.wait)
-					session.write(protocol.Frame{Kind: protocol.KindReceipt, Receipts: []protocol.Receipt{{
-						Timestamp: stood.Add(step.changed).UnixMilli(), Position: uint64(i + 1), Receiver: fmt.Append(nil, "user", i)}}})
-				}
-				time.Sleep(c.rest)
-				synctest.Wait()
-				if err := client.Close(); err != nil {
-					t.Fatal(err)
-				}
-				want := stood.Add(c.want).UnixMilli()
-				if c.none {
-					want = 0
-				}
-				if got := receiptsAfter(t, o.StatePath); got > want || got < want-c.about.Milliseconds() {
-					t.Fatalf("asks after %v, want %v (the connection stood at %v)", time.UnixMilli(got), time.UnixMilli(want), stood)
-				}
-			})
+	for _, silent := range []bool{false, true} {
+		bubble(t, func(t *testing.T, s *fakeServer) {
+			o := s.options("alice")
+			o.StatePath = filepath.Join(t.TempDir(), "state")
+			if !silent {
+				o.OnEvent = func(Event) {}
+			}
+			client := mustDial(t, o)
+			s.mu.Lock()
+			session := s.sessions["alice/default"]
+			s.mu.Unlock()
+			for _, ms := range []int64{100, 300, 200} {
+				session.write(protocol.Frame{Kind: protocol.KindReceipt, Receipts: []protocol.Receipt{{
+					Timestamp: ms, Position: uint64(ms), Receiver: fmt.Append(nil, "user", ms)}}})
+			}
+			synctest.Wait()
+			if err := client.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if got := receiptsAfter(t, o.StatePath); got != 300 {
+				t.Fatalf("silent %v: asks after %d", silent, got)
+			}
 		})
 	}
 }
@@ -1069,23 +1034,15 @@ func TestReceiptsAfterWaitsForTheApplication(t *testing.T) {
 	}
 	q.connecting()
 	add(100, "bob")
-	q.mark()
 	add(200, "carol")
-	q.mark() // there is one
-	q.mu.Lock()
-	if len(q.list) > 3 {
-		t.Fatalf("two marks wait: %v", q.list)
-	}
-	q.mu.Unlock()
-	block <- struct{}{}
-	if ms := q.settled(); ms == 200 {
+	if ms := q.settled(); ms != 0 {
 		t.Fatalf("settled %d, which the application does not have", ms)
 	}
-	block <- struct{}{} // it has come back from the first, and reached the mark
+	block <- struct{}{}
+	block <- struct{}{} // taken up with the second: it has come back from the first
 	if ms := q.settled(); ms != 100 {
 		t.Fatalf("settled %d, want 100", ms)
 	}
-	q.mark()
 	q.close()
 	if ms := q.settled(); ms != 200 {
 		t.Fatalf("settled %d, want 200", ms)
@@ -1126,11 +1083,9 @@ func TestLostReceiptStopsReceiptsAfter(t *testing.T) {
 	for i := range MaxEvents {
 		add(i)
 	}
-	q.mark()
 	for i := range 10 {
 		add(MaxEvents + i)
 	}
-	q.mark()
 	q.connecting() // does not bring back what was dropped at once
 	close(block)
 	q.close()
@@ -1142,7 +1097,6 @@ func TestLostReceiptStopsReceiptsAfter(t *testing.T) {
 	q.lost = true
 	q.connecting()
 	add(5)
-	q.mark()
 	q.close()
 	if ms := q.settled(); ms != 1005 {
 		t.Fatalf("the next connection settled %d", ms)

@@ -59,17 +59,6 @@ func (GoingAway) event()    {}
 func (Delivered) event()    {}
 func (Answered) event()     {}
 
-// receiptsMark is not for the application: when its turn comes, the callback has returned from every receipt up to this
-// time, ms since 1970.
-type receiptsMark int64
-
-func (receiptsMark) event() {}
-
-func isMark(e Event) bool {
-	_, ok := e.(receiptsMark)
-	return ok
-}
-
 // eventQueue carries events to the application's callback, in order, on a goroutine of its own, so that a slow
 // callback does not hold up the connection.
 type eventQueue struct {
@@ -80,9 +69,9 @@ type eventQueue struct {
 	mu      sync.Mutex
 	list    []Event
 	closed  bool  // nothing is added any more
-	newest  int64 // receipt, ms since 1970; 0: none
-	lost    bool  // a receipt of this connection was dropped
-	applied int64 // the last mark that was reached
+	current int64 // date of the receipt that the callback has, ms since 1970; 0: it has something else
+	lost    bool  // a receipt was dropped: applied stays where it is
+	applied int64 // see settled
 }
 
 func newEventQueue(callback func(Event)) *eventQueue {
@@ -100,19 +89,20 @@ func (q *eventQueue) add(e Event) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	d, receipt := e.(Delivered)
-	if receipt {
-		q.newest = max(q.newest, d.At.UnixMilli())
-	}
-	if q.closed || q.callback == nil {
+	switch {
+	case q.closed:
 		return
-	}
-	if receipt {
+	case q.callback == nil: // nobody wants receipts: they count as applied
+		if receipt {
+			q.applied = max(q.applied, d.At.UnixMilli())
+		}
+		return
+	case receipt:
 		q.supersede(d)
 	}
 	if len(q.list) >= MaxEvents {
 		if _, receipt := q.list[0].(Delivered); receipt {
 			q.lost = true
-			q.list = slices.DeleteFunc(q.list, isMark) // it vouched for this one
 		}
 		q.list = slices.Delete(q.list, 0, 1)
 	}
@@ -135,29 +125,16 @@ func (q *eventQueue) supersede(d Delivered) {
 	})
 }
 
-// connecting begins a connection, on which the server sends again what was lost.
+// connecting begins a connection, on which the server sends again what was lost; what waits from before may be
+// newer than that.
 func (q *eventQueue) connecting() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.lost = false
+	q.lost = q.lost && (len(q.list) > 0 || q.current != 0)
 }
 
-// mark says that every receipt up to the newest has come. They are settled when the callback has returned from all that are
-// queued now, unless one was dropped. Without a callback nobody wants them.
-func (q *eventQueue) mark() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	switch {
-	case q.lost || q.closed:
-	case q.callback == nil:
-		q.applied = max(q.applied, q.newest)
-	case !slices.ContainsFunc(q.list, isMark):
-		q.list = append(q.list, receiptsMark(q.newest))
-		q.signal()
-	}
-}
-
-// settled is up to when the application has all receipts, ms since 1970.
+// settled is up to when the application has all receipts, ms since 1970: the newest from which the callback has returned. They
+// come in the order in which they changed, see protocol/doc.go §11.
 func (q *eventQueue) settled() int64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -180,20 +157,23 @@ func (q *eventQueue) run() {
 	}
 }
 
-// take removes the next event. What was queued before close is still handed out.
+// take notes that the callback has returned and removes the next event. What was queued before close is still handed out.
 func (q *eventQueue) take() (e Event, closed bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for len(q.list) > 0 {
-		e = q.list[0]
-		q.list = slices.Delete(q.list, 0, 1)
-		if mark, ok := e.(receiptsMark); ok {
-			q.applied = max(q.applied, int64(mark))
-			continue
-		}
-		return e, false
+	if !q.lost {
+		q.applied = max(q.applied, q.current)
 	}
-	return nil, q.closed
+	q.current = 0
+	if len(q.list) == 0 {
+		return nil, q.closed
+	}
+	e = q.list[0]
+	q.list = slices.Delete(q.list, 0, 1)
+	if d, ok := e.(Delivered); ok {
+		q.current = d.At.UnixMilli()
+	}
+	return e, false
 }
 
 // close lets what is queued be handed out and waits for the callback to return.

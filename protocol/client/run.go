@@ -16,7 +16,6 @@ const (
 	maxTurn        = 256              // commands and connection events taken in one turn, so that they share one sync
 	eventBacklog   = 16               // WebSocket messages between reader and client; beyond, TCP holds the server back
 	goAwayPatience = 10 * time.Second // how long a server may take to close after go_away
-	receiptsQuiet  = 30 * time.Second // see settleReceipts
 
 	// pingPercent of the heartbeat without a byte make the client ask for one; the server's own ping comes at 100.
 	pingPercent = 125
@@ -61,8 +60,6 @@ type runner struct {
 	told       *serverFrame // the last error that was not about a send
 	goAwayMs   uint32
 	leaveAt    time.Time // zero, or when to stop waiting for the server to close
-	standsMs   int64     // the server's clock when it began
-	receiptsBy time.Time // when all receipts will have come; zero: none has come since they had
 
 	wake time.Time // the earliest deadline found in this turn
 }
@@ -145,7 +142,7 @@ func (r *runner) turn(now time.Time) {
 		}
 		acks = r.dueAcks(now, len(step.Write) > 0)
 	}
-	r.settleReceipts(now)
+	r.settleReceipts()
 	r.commit(now, acks > 0)
 	r.reply()
 	if r.live {
@@ -365,9 +362,6 @@ func (r *runner) frame(f *serverFrame, now time.Time) {
 		r.inbox.pushed(Message{f.ID, f.Position, f.Sender, f.Receiver, f.Content}, now)
 	case protocol.KindReceipt:
 		for _, d := range f.Receipts {
-			if d.timestamp < r.standsMs || r.receiptsBy.IsZero() {
-				r.receiptsBy = now.Add(receiptsQuiet)
-			}
 			r.events.add(Delivered{d.id, d.position, d.seq, d.receiver, time.UnixMilli(d.timestamp)})
 		}
 	case protocol.KindRenew:
@@ -403,7 +397,6 @@ func (r *runner) connected(f *serverFrame, now time.Time) {
 		r.sync = true
 	}
 	r.live, r.liveSince, r.pinged = true, now, false
-	r.standsMs, r.receiptsBy = f.Timestamp, time.Time{}
 	r.heartbeat = time.Duration(f.HeartbeatSeconds) * time.Second
 	if r.heartbeat == 0 {
 		r.heartbeat = protocol.HeartbeatSeconds * time.Second
@@ -524,22 +517,10 @@ func (r *runner) obey(step Step, now time.Time) {
 	}
 }
 
-// settleReceipts moves the time after which the next connect asks for receipts. What a connect brings again comes in any order, between
-// live receipts, perhaps late, and nothing marks its end. But all of it changed before the connection stood. So the old time is
-// kept until the first receipt of a connection, and the last one from before its time, are receiptsQuiet ago; then the newest
-// receipt counts, once the application has it. Live receipts, however many, hold nothing up. The server repeats
-// protocol.ReceiptsSlackMillis, which covers what it brings late of them.
-func (r *runner) settleReceipts(now time.Time) {
+// settleReceipts moves the time after which the next connect asks for receipts.
+func (r *runner) settleReceipts() {
 	if ms := r.events.settled(); ms > r.state.receiptsAfter {
 		r.state.setReceiptsAfter(ms)
-	}
-	switch {
-	case !r.live || r.receiptsBy.IsZero():
-	case now.Before(r.receiptsBy):
-		r.wakeAt(r.receiptsBy)
-	default:
-		r.events.mark()
-		r.receiptsBy = time.Time{}
 	}
 }
 
@@ -618,7 +599,7 @@ func (r *runner) shutdown() {
 	r.more()
 	now := time.Now()
 	acks := len(r.inbox.acks)
-	r.settleReceipts(now)
+	r.settleReceipts()
 	err := r.state.commit(true)
 	r.reply()
 	if r.live && err == nil {
