@@ -5,49 +5,95 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
-	"sync/atomic"
+	"sync"
+	"time"
 )
 
-// gcHeadroomBytes bounds what the collector lets the heap grow over what is alive. Go's default is as
-// much again as is alive, which is right for small heaps; with a million connections it would double the memory that
-// each of them costs.
-const gcHeadroomBytes = 64 << 20
+const (
+	// gcHeadroomBytes bounds what the collector lets the heap grow over what is alive. Go's default is as
+	// much again as is alive, which is right for small heaps; with a million connections it would double the memory that
+	// each of them costs.
+	gcHeadroomBytes = 64 << 20
+	// gcInterval is how often a heap may be collected without thinking of the cost: marking 10 MiB takes 5 ms.
+	gcInterval = 10 * time.Second
+	// gcLeastPercent is the headroom of a server that allocates next to nothing.
+	gcLeastPercent = 10
+)
 
-// gcPercent is the GOGC value that gives a heap of live bytes a headroom of min(100 %, 64 MiB), at
-// least 1 %: 0 would collect without pause.
-func gcPercent(live uint64) int {
-	if live <= gcHeadroomBytes {
-		return 100
+// gcPercent is the GOGC value for a heap of live bytes: headroom for what is allocated in gcInterval, at least gcLeastPercent, and at most
+// min(100 %, gcHeadroomBytes); never 0, which would collect without pause. So a server whose connections are idle does not keep
+// as much garbage as they take, and a busy one has the headroom that it needs.
+func gcPercent(live, allocatedPerInterval uint64) int {
+	live = max(live, 1)
+	most := uint64(100)
+	if live > gcHeadroomBytes {
+		most = max(1, gcHeadroomBytes*100/live)
 	}
-	return int(max(1, gcHeadroomBytes*100/live))
+	return int(min(most, max(gcLeastPercent, allocatedPerInterval/(live/100+1))))
 }
 
-// tuneGC keeps GOGC at gcPercent of what each collection found alive until stop is called. A GOGC in the
+// tuneGC keeps GOGC at gcPercent of what each collection found alive, and of what is allocated, until stop is called. A GOGC in the
 // environment is the user's choice and stays.
 func tuneGC() (stop func()) {
 	if os.Getenv("GOGC") != "" {
 		return func() {}
 	}
-	var stopped atomic.Bool
-	current := -1
-	afterEachGC(func() (again bool) {
-		if stopped.Load() {
-			return false
+	t := &gcTuner{last: time.Now(), allocated: readHeap().allocated}
+	afterEachGC(func() (again bool) { return t.tune(time.Now()) })
+	done := make(chan struct{})
+	go func() {
+		tick := time.NewTicker(gcInterval)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				t.tune(time.Now())
+			}
 		}
-		if percent := gcPercent(liveHeap()); percent != current { // setting it stops the world: only when it changes
-			current = percent
-			debug.SetGCPercent(percent)
-		}
-		return true
-	})
-	return func() { stopped.Store(true) }
+	}()
+	return func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.stopped = true
+		close(done)
+	}
 }
 
-// liveHeap is what the last collection marked, in bytes.
-func liveHeap() uint64 {
-	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-	metrics.Read(sample)
-	return sample[0].Value.Uint64()
+type gcTuner struct {
+	mu        sync.Mutex
+	stopped   bool
+	last      time.Time
+	allocated uint64 // until then
+	percent   int    // in force; 0: not known
+}
+
+// tune sets GOGC by what was allocated since the last call. It is false when the tuner was stopped.
+func (t *gcTuner) tune(now time.Time) (again bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopped {
+		return false
+	}
+	heap := readHeap()
+	elapsed := max(now.Sub(t.last), time.Millisecond)
+	rate := float64(heap.allocated-t.allocated) * float64(gcInterval) / float64(elapsed)
+	t.last, t.allocated = now, heap.allocated
+	if percent := gcPercent(heap.live, uint64(rate)); percent != t.percent { // setting it stops the world: only when it changes
+		t.percent = percent
+		debug.SetGCPercent(percent)
+	}
+	return true
+}
+
+// heapSize is, in bytes, what the last collection marked, and what was allocated since the process began.
+type heapSize struct{ live, allocated uint64 }
+
+func readHeap() heapSize {
+	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(samples)
+	return heapSize{samples[0].Value.Uint64(), samples[1].Value.Uint64()}
 }
 
 // cycleSentinel is unreachable from the moment it is made, so that each collection queues its finalizer.

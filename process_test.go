@@ -12,19 +12,27 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestGCPercent(t *testing.T) {
 	for _, c := range []struct {
-		live uint64
-		want int
+		live, allocated uint64
+		want            int
 	}{
-		{0, 100}, {4 << 20, 100}, {64 << 20, 100}, {65 << 20, 98}, {128 << 20, 50}, {640 << 20, 10}, {6400 << 20, 1}, {100 << 30, 1},
+		// busy
+		{0, 1 << 30, 100}, {4 << 20, 1 << 30, 100}, {64 << 20, 1 << 30, 100}, {65 << 20, 1 << 30, 98}, {128 << 20, 1 << 30, 50},
+		{640 << 20, 1 << 40, 10}, {6400 << 20, 1 << 40, 1}, {100 << 30, 1 << 40, 1},
+		// idle
+		{0, 0, 10}, {4 << 20, 0, 10}, {64 << 20, 1 << 20, 10}, {640 << 20, 0, 10}, {6400 << 20, 0, 1},
+		// between
+		{8 << 20, 2 << 20, 24}, {8 << 20, 4 << 20, 49},
 	} {
-		if got := gcPercent(c.live); got != c.want {
-			t.Errorf("%d MiB alive: got %d, want %d", c.live>>20, got, c.want)
+		got := gcPercent(c.live, c.allocated)
+		if got != c.want {
+			t.Errorf("%d MiB alive, %d MiB allocated: got %d, want %d", c.live>>20, c.allocated>>20, got, c.want)
 		}
-		if headroom := c.live * uint64(gcPercent(c.live)) / 100; c.live <= 6400<<20 && headroom > gcHeadroomBytes {
+		if headroom := c.live * uint64(got) / 100; c.live <= 6400<<20 && headroom > gcHeadroomBytes {
 			t.Errorf("%d MiB alive: headroom %d MiB", c.live>>20, headroom>>20)
 		}
 	}
@@ -34,7 +42,7 @@ func TestAfterEachGCFollowsCollections(t *testing.T) {
 	live := make(chan uint64, 3)
 	calls := 0
 	afterEachGC(func() bool {
-		live <- liveHeap()
+		live <- readHeap().live
 		calls++
 		return calls < cap(live)
 	})
@@ -60,6 +68,22 @@ func collectUntil[T any](t *testing.T, sent <-chan T) (value T) {
 	return value
 }
 
+var garbage []byte
+
+// TestTuneGCOfAnIdleHeap: who allocates nothing keeps little headroom.
+func TestTuneGCOfAnIdleHeap(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	begun := time.Now()
+	tuner := &gcTuner{last: begun, allocated: readHeap().allocated}
+	if !tuner.tune(begun.Add(100*gcInterval)) || gogc() != gcLeastPercent {
+		t.Errorf("GOGC is %d", gogc())
+	}
+	tuner.stopped = true
+	if tuner.tune(begun.Add(101 * gcInterval)) {
+		t.Error("a stopped tuner goes on")
+	}
+}
+
 // gogc is the setting in force, read without changing it.
 func gogc() int {
 	sample := []metrics.Sample{{Name: "/gc/gogc:percent"}}
@@ -73,13 +97,14 @@ func TestTuneGCFollowsTheLiveHeap(t *testing.T) {
 	defer tuneGC()()
 	held := make([]byte, 4*gcHeadroomBytes)
 	for range 1000 { // as collectUntil
+		garbage = make([]byte, gcHeadroomBytes/8)
 		runtime.GC()
 		if percent := gogc(); percent <= 25 && percent >= 20 {
 			runtime.KeepAlive(held)
 			return
 		}
 	}
-	t.Errorf("GOGC is %d with %d MiB alive", gogc(), liveHeap()>>20)
+	t.Errorf("GOGC is %d with %d MiB alive", gogc(), readHeap().live>>20)
 }
 
 func TestGOGCOfTheUserStays(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -104,6 +105,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	if err != nil {
 		return nil, err
 	}
+	runtime.GC() // what starting has left behind is no headroom for what follows
 	go m.watch()
 	return m, nil
 }
