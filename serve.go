@@ -138,7 +138,8 @@ A token for any other client:
 `, endpoint(edgeAddr), adminAddr, c.Data.Dir, command, chatFlags(c, edgeAddr), secretFlags(c))
 	if c.developmentSecret() {
 		fmt.Fprintf(w, `
-Tokens are signed with the development secret in %s, so only this machine may connect. For others:
+Tokens are signed with the development secret in %s,
+so only this machine may connect. For others:
 %s
 `, secretPath(c.Config), indent(realSecretAdvice, "  "))
 	}
