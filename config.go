@@ -48,9 +48,14 @@ type DataConfig struct {
 
 // AuthConfig is the section auth: who may connect.
 type AuthConfig struct {
-	// SecretFile holds the secret that signs tokens. Empty means a secret generated once in the
+	// SecretFile holds the secret that signs tokens. Empty means, without Keys, a secret generated once in the
 	// data directory: good for trying things on one machine, refused with a public address.
 	SecretFile string
+	// Keys are where public keys that verify tokens come from: files of PEM blocks, or key sets (JWKS) in files or behind addresses.
+	Keys       []string
+	KeysCAFile string   // certificates that vouch for the addresses in Keys; empty: the system's
+	Issuer     string   // iss of every token; empty: not looked at
+	Audience   []string // of these one must be in the aud of every token; none: not looked at
 }
 
 // LogConfig is the section log.
@@ -127,8 +132,11 @@ func (c *Config) fillDefaults() {
 }
 
 // developmentSecret reports whether tokens are signed with the secret that was generated in the data
-// directory.
-func (c *Config) developmentSecret() bool { return c.Auth.SecretFile == "" }
+// directory. Whoever has configured anything else to trust does not trust that.
+func (c *Config) developmentSecret() bool { return c.Auth.SecretFile == "" && len(c.Auth.Keys) == 0 }
+
+// signs reports whether this program has a secret to sign tokens with, and not just public keys.
+func (c *Config) signs() bool { return c.Auth.SecretFile != "" || c.developmentSecret() }
 
 // loopback reports whether only this machine can reach a host:port. Names other than localhost count
 // as reachable: what they resolve to can change.

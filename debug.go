@@ -49,6 +49,8 @@ type source interface {
 	Alive() error
 	// Draining reports whether the server is going away.
 	Draining() bool
+	// Disconnect ends the sessions of a user and tells how many there were.
+	Disconnect(user string) int
 }
 
 // adminServer answers on the admin address.
@@ -113,6 +115,7 @@ const adminIndex = `millrace admin
 /livez            200 while running makes sense
 /readyz           200 while new clients are welcome; ?verbose lists the checks
 /debug/pprof/     profiles
+/edge/disconnect  POST with ?user=NAME ends the sessions of a user
 `
 
 func adminHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
@@ -125,6 +128,7 @@ func adminHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		answerChecks(w, r, readiness(src))
 	})
+	mux.Handle("POST "+disconnectPath, disconnectHandler(src))
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)
 	profiles.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)

@@ -16,6 +16,8 @@ type fakeSource struct {
 	ready    []Check
 	alive    error
 	draining bool
+
+	disconnected []string
 }
 
 func (s *fakeSource) Metrics(emit func(name, help string, counter bool, value float64, labels ...string)) {
@@ -26,6 +28,10 @@ func (s *fakeSource) Metrics(emit func(name, help string, counter bool, value fl
 func (s *fakeSource) Ready() []Check { return s.ready }
 func (s *fakeSource) Alive() error   { return s.alive }
 func (s *fakeSource) Draining() bool { return s.draining }
+func (s *fakeSource) Disconnect(user string) int {
+	s.disconnected = append(s.disconnected, user)
+	return len(user)
+}
 
 func admin(t *testing.T, s *fakeSource) (get func(path string) (status int, body string)) {
 	t.Helper()

@@ -165,6 +165,9 @@ func literal(v *unstable.Node) (text string, kind tomlType) {
 			if element.Kind != unstable.String {
 				return "", "a list of other things"
 			}
+			if bytes.ContainsRune(element.Data, ',') { // would be two entries
+				return "", "a list with a comma in an entry"
+			}
 			list = append(list, string(element.Data))
 		}
 		return strings.Join(list, ","), tomlList

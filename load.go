@@ -89,10 +89,8 @@ func (c *configuration) check() error {
 	if err := c.validate(); err != nil {
 		return usageError{err}
 	}
-	if !c.developmentSecret() {
-		if _, err := readSecret(c.Config); err != nil {
-			return usageError{err}
-		}
+	if err := checkTokens(c.Config); err != nil {
+		return usageError{err}
 	}
 	return nil
 }

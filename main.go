@@ -93,6 +93,7 @@ type commandLine struct {
 	Chat    chatCommand    `cmd:"" help:"Talk in the terminal."`
 	Token   tokenCommand   `cmd:"" help:"Print an access token."`
 	Config  configCommand  `cmd:"" help:"Check or show the configuration."`
+	Edge    edgeCommand    `cmd:"" help:"Act on the connections of a running server."`
 	Version versionCommand `cmd:"" help:"Print version, commit and Go version."`
 	Explain helpCommand    `cmd:"" name:"help" help:"Explain a command."`
 }
@@ -111,16 +112,18 @@ func (commandLine) Help() string {
     millrace chat --as alice --with bob           talk, in another terminal
     millrace token alice                          a token for another client
     millrace config show                          every value and its origin
+    millrace edge disconnect --user alice         end her sessions
     millrace help serve                           flags and examples of a command`
 }
 
 func newParser(p *program, exit func(int)) *kong.Kong {
 	grammar := &commandLine{}
 	grammar.Serve.configFlags = newConfigFlags(allSettings()...)
-	grammar.Chat.configFlags = newConfigFlags("edge-addr", "data-dir", "auth-secret-file")
-	grammar.Token.configFlags = newConfigFlags("data-dir", "auth-secret-file")
+	grammar.Chat.configFlags = newConfigFlags("edge-addr", "data-dir", "auth-secret-file", "auth-issuer", "auth-audience")
+	grammar.Token.configFlags = newConfigFlags("data-dir", "auth-secret-file", "auth-issuer", "auth-audience")
 	grammar.Config.Check.configFlags = newConfigFlags(allSettings()...)
 	grammar.Config.Show.configFlags = newConfigFlags(allSettings()...)
+	grammar.Edge.Disconnect.configFlags = newConfigFlags("admin-addr")
 	parser, err := kong.New(grammar,
 		kong.Name("millrace"),
 		kong.Description(description),
@@ -138,13 +141,14 @@ type serveCommand struct{ configFlags }
 
 // Help is the part of --help after the summary.
 func (serveCommand) Help() string {
-	return `Serves with no configuration at all on 127.0.0.1:8080. SIGTERM or Ctrl-C drains and exits within 10 s; a second one exits at once.
+	return `Serves with no configuration at all on 127.0.0.1:8080. SIGTERM or Ctrl-C drains and exits within 10 s; a second one exits at once. SIGHUP reads the keys of tokens again.
 
 Examples:
 
     millrace
     millrace serve --edge-addr 127.0.0.1:0 --log-level debug
     millrace serve --edge-addr :8080 --auth-secret-file /etc/millrace/secret
+    millrace serve --edge-addr :8080 --auth-keys https://id.example.org/jwks.json --auth-issuer https://id.example.org --auth-audience chat
     MILLRACE_DATA_DIR=/var/lib/millrace millrace --config /etc/millrace.toml`
 }
 
@@ -165,14 +169,23 @@ func (c *serveCommand) Run(p *program) error {
 		log.Warn("the admin address shows metrics and profiles to everyone who reaches it", "addr", cfg.Admin.Addr)
 	}
 	defer tuneGC()()
-	signals := make(chan os.Signal, 2)
+	signals, hangups := make(chan os.Signal, 2), make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
+	if isTerminal(p.out) { // whoever closes the terminal wants the server to end
+		signal.Notify(signals, syscall.SIGHUP)
+	} else {
+		signal.Notify(hangups, syscall.SIGHUP)
+		defer signal.Stop(hangups)
+	}
+	ended := make(chan struct{})
+	defer close(ended)
 	return supervise(
 		func(ctx context.Context) (*Millrace, error) { return start(ctx, cfg.Config, log) },
 		func(m *Millrace) {
 			log.Info("serving", "edge", m.EdgeAddr(), "admin", m.AdminAddr(), "data", cfg.Data.Dir,
 				"version", readBuildVersion().version, "max_connections", cfg.Edge.MaxConnections)
+			go reloadOn(hangups, ended, m.Reload, log)
 			// In production the log is the only output; the hints are for who tries things.
 			if cfg.developmentSecret() || isTerminal(p.out) {
 				welcome(p.out, cfg, m.EdgeAddr(), m.AdminAddr(), p.name)
@@ -221,7 +234,11 @@ func signToken(c Config, user string, ttl time.Duration) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return token.SignHS256(secret, user, time.Now(), ttl)
+	audience := ""
+	if len(c.Auth.Audience) > 0 {
+		audience = c.Auth.Audience[0]
+	}
+	return token.SignHS256For(secret, user, c.Auth.Issuer, audience, time.Now(), ttl)
 }
 
 type configCommand struct {

@@ -44,6 +44,7 @@ func TestCommandLineMistakes(t *testing.T) {
 		{"chat --as alice --protocol xml", "binary"},
 		{"config", "check"},
 		{"config sho", `did you mean "show"?`},
+		{"edge disconect --user alice", `did you mean "disconnect"?`},
 		{"help srve", `did you mean "serve"?`},
 	} {
 		code, out, errors := command(strings.Fields(c.args)...)
@@ -54,7 +55,7 @@ func TestCommandLineMistakes(t *testing.T) {
 }
 
 func TestHelpHasExamples(t *testing.T) {
-	for _, name := range []string{"", "serve", "chat", "token", "config", "config check", "config show", "version", "help"} {
+	for _, name := range []string{"", "serve", "chat", "token", "config", "config check", "config show", "edge", "edge disconnect", "version", "help"} {
 		words := strings.Fields(name)
 		code, flag, errors := command(append(words, "--help")...)
 		if code != exitOK || errors != "" || !strings.Contains(flag, "Examples:\n\n    ") {

@@ -69,14 +69,30 @@ func warnOfExposure(path string, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("look at auth secret: %w", err)
 	}
-	owner := 0
-	if s, ok := info.Sys().(*syscall.Stat_t); ok {
-		owner = int(s.Uid)
-	}
-	if problem := exposure(info.Mode(), owner, os.Geteuid()); problem != "" {
+	if problem := exposure(info.Mode(), ownerOf(info), os.Geteuid()); problem != "" {
 		log.Warn("the file with the secret that signs tokens "+problem, "file", path, "mode", octal(info))
 	}
 	return nil
+}
+
+// warnOfReplaceable says when others can put their own key in place of a file's, which verifies tokens. Everybody may read it.
+func warnOfReplaceable(path string, log *slog.Logger) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("look at token keys: %w", err)
+	}
+	if problem := exposure(info.Mode()&^(othersRead|groupRead), ownerOf(info), os.Geteuid()); problem != "" {
+		log.Warn("the file with keys that verify tokens "+problem, "file", path, "mode", octal(info))
+	}
+	return nil
+}
+
+// ownerOf is a user id; root's where the system does not tell.
+func ownerOf(info fs.FileInfo) int {
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		return int(s.Uid)
+	}
+	return 0
 }
 
 // exposure is what warnOfExposure says, or "". A file of root's may be readable for the group that the server runs in: the usual way

@@ -54,6 +54,10 @@ func openSecret(c Config) ([]byte, error) {
 // readSecret reads the secret of a server that was started before, to sign a token. It makes none: a token signed with a
 // secret in the wrong directory would be refused with no hint at the reason.
 func readSecret(c Config) ([]byte, error) {
+	if !c.signs() {
+		return nil, errors.New("only public keys are configured (auth-keys), with which nobody can sign: get the token from who has the private " +
+			"key, or name a secret with --auth-secret-file")
+	}
 	secret, err := token.ReadSecretFile(secretPath(c))
 	if errors.Is(err, fs.ErrNotExist) && c.developmentSecret() {
 		return nil, fmt.Errorf("no secret at %s: start `millrace serve` once in this directory, or name the server's "+

@@ -17,6 +17,9 @@ import (
 const (
 	shutdownLimit = 9500 * time.Millisecond
 	drainLimit    = 8 * time.Second // the rest is for flushing and closing the database
+
+	// reloadLimit is for all that SIGHUP reads again.
+	reloadLimit = 30 * time.Second
 )
 
 // exitCode ends the program with this code; what had to be said is already logged.
@@ -117,6 +120,24 @@ func stop(s server, signals <-chan os.Signal, log *slog.Logger) error {
 	}
 }
 
+// reloadOn calls reload for each signal, until ended is closed.
+func reloadOn(signals <-chan os.Signal, ended <-chan struct{}, reload func(context.Context) error, log *slog.Logger) {
+	for {
+		select {
+		case <-signals:
+			ctx, cancel := context.WithTimeout(context.Background(), reloadLimit)
+			if err := reload(ctx); err != nil {
+				log.Error("reload", "error", err.Error())
+			} else {
+				log.Info("reloaded")
+			}
+			cancel()
+		case <-ended:
+			return
+		}
+	}
+}
+
 func secondSignal(log *slog.Logger) error {
 	log.Warn("second signal, exiting at once")
 	return exitCode(1)
@@ -128,14 +149,17 @@ func welcome(w io.Writer, c *configuration, edgeAddr, adminAddr, command string)
   clients  %s
   admin    http://%s  (/metrics /livez /readyz?verbose /debug/pprof/)
   data     %s
-
+`, endpoint(edgeAddr), adminAddr, c.Data.Dir)
+	if c.signs() {
+		fmt.Fprintf(w, `
 Talk to yourself, in two terminals:
-  %[4]s chat --as alice --with bob%[5]s
-  %[4]s chat --as bob --with alice%[5]s
+  %[1]s chat --as alice --with bob%[2]s
+  %[1]s chat --as bob --with alice%[2]s
 
 A token for any other client:
-  %[4]s token alice%[6]s
-`, endpoint(edgeAddr), adminAddr, c.Data.Dir, command, chatFlags(c, edgeAddr), secretFlags(c))
+  %[1]s token alice%[3]s
+`, command, chatFlags(c, edgeAddr), secretFlags(c))
+	}
 	if c.developmentSecret() {
 		fmt.Fprintf(w, `
 Tokens are signed with the development secret in %s,
@@ -147,10 +171,13 @@ so only this machine may connect. For others:
 }
 
 // endpoint is the URL under which a client on this machine reaches a listener.
-func endpoint(addr string) string {
+func endpoint(addr string) string { return "ws://" + reachable(addr) + "/ws" }
+
+// reachable is the host:port under which this machine reaches a listener.
+func reachable(addr string) string {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
-		return "ws://" + addr + "/ws"
+		return addr
 	}
 	switch host {
 	case "", "0.0.0.0":
@@ -158,13 +185,13 @@ func endpoint(addr string) string {
 	case "::":
 		host = "::1"
 	}
-	return "ws://" + net.JoinHostPort(host, port) + "/ws"
+	return net.JoinHostPort(host, port)
 }
 
 // secretFlags are the flags that `token` and `chat` need to find the same secret.
 func secretFlags(c *configuration) string {
 	var b strings.Builder
-	for _, name := range []string{"data-dir", "auth-secret-file"} {
+	for _, name := range []string{"data-dir", "auth-secret-file", "auth-issuer", "auth-audience"} {
 		if c.origins[name] != "default" {
 			fmt.Fprintf(&b, " --%s %s", name, shellWord(findSetting(name).value(&c.Config).text()))
 		}

@@ -34,8 +34,16 @@ var settings = []setting{
 		func(c *Config) value { return (*pathValue)(&c.Data.Dir) }},
 	{"data", "min-free", "SIZE", "auto", "disk space to keep free: below it new messages are refused; auto is the larger of 1 GiB and 5 %",
 		func(c *Config) value { return (*sizeValue)(&c.Data.MinFreeBytes) }},
-	{"auth", "secret-file", "FILE", "", "file with the secret of at least 32 bytes that signs tokens; without it one is generated in the data directory",
-		func(c *Config) value { return (*optionalPathValue)(&c.Auth.SecretFile) }},
+	{"auth", "secret-file", "FILE", "", "file with the secret of at least 32 bytes that signs tokens; without it and auth-keys one is generated in the data directory",
+		func(c *Config) value { return (*optionalValue)(&c.Auth.SecretFile) }},
+	{"auth", "keys", "FILE|URL,...", "", "public keys that verify tokens: PEM files, and key sets (JWKS) in files or behind https addresses",
+		func(c *Config) value { return (*listValue)(&c.Auth.Keys) }},
+	{"auth", "keys-ca-file", "FILE", "", "PEM certificates that vouch for the addresses in auth-keys, instead of the system's",
+		func(c *Config) value { return (*optionalValue)(&c.Auth.KeysCAFile) }},
+	{"auth", "issuer", "NAME", "", "what the iss of every token must be; without it any will do",
+		func(c *Config) value { return (*optionalValue)(&c.Auth.Issuer) }},
+	{"auth", "audience", "NAME,...", "", "names of which the aud of every token must have one; without them any will do",
+		func(c *Config) value { return (*listValue)(&c.Auth.Audience) }},
 	{"log", "level", "LEVEL", "info", "least severe line to log: debug, info, warn or error",
 		func(c *Config) value {
 			return choiceValue{&c.Log.Level, []string{"debug", "info", "warn", "error"}}
@@ -99,43 +107,59 @@ func (v *pathValue) text() string        { return string(*v) }
 func (v *pathValue) toml() string        { return tomlString(string(*v)) }
 func (v *pathValue) accepts() []tomlType { return []tomlType{tomlText} }
 
-type optionalPathValue string
+// optionalValue is a path or a name that may be left out.
+type optionalValue string
 
-func (v *optionalPathValue) set(text string) error {
-	*v = optionalPathValue(text)
+func (v *optionalValue) set(text string) error {
+	*v = optionalValue(text)
 	return nil
 }
-func (v *optionalPathValue) text() string        { return string(*v) }
-func (v *optionalPathValue) toml() string        { return tomlString(string(*v)) }
-func (v *optionalPathValue) accepts() []tomlType { return []tomlType{tomlText} }
+func (v *optionalValue) text() string        { return string(*v) }
+func (v *optionalValue) toml() string        { return tomlString(string(*v)) }
+func (v *optionalValue) accepts() []tomlType { return []tomlType{tomlText} }
 
-// originsValue is a list; as text its entries are separated by commas, which no origin contains.
-type originsValue []string
+// listValue is a list; as text its entries are separated by commas, which therefore none can contain.
+type listValue []string
 
-func (v *originsValue) set(text string) error {
-	var list []string
-	for _, origin := range strings.Split(text, ",") {
-		origin = strings.TrimSpace(origin)
-		if origin == "" {
-			continue
+func (v *listValue) set(text string) error {
+	*v = nil
+	for _, entry := range strings.Split(text, ",") {
+		if entry = strings.TrimSpace(entry); entry != "" {
+			*v = append(*v, entry)
 		}
-		if err := checkOrigin(origin); err != nil {
-			return err
-		}
-		list = append(list, strings.ToLower(origin)) // scheme and host are, browsers send them so
 	}
-	*v = list
 	return nil
 }
-func (v *originsValue) text() string { return strings.Join(*v, ",") }
-func (v *originsValue) toml() string {
+func (v *listValue) text() string { return strings.Join(*v, ",") }
+func (v *listValue) toml() string {
 	quoted := make([]string, len(*v))
-	for i, origin := range *v {
-		quoted[i] = tomlString(origin)
+	for i, entry := range *v {
+		quoted[i] = tomlString(entry)
 	}
 	return "[" + strings.Join(quoted, ", ") + "]"
 }
-func (v *originsValue) accepts() []tomlType { return []tomlType{tomlList} }
+func (v *listValue) accepts() []tomlType { return []tomlType{tomlList} }
+
+// originsValue is a listValue of origins.
+type originsValue []string
+
+func (v *originsValue) set(text string) error {
+	var list listValue
+	if err := list.set(text); err != nil {
+		return err
+	}
+	for i, origin := range list {
+		if err := checkOrigin(origin); err != nil {
+			return err
+		}
+		list[i] = strings.ToLower(origin) // scheme and host are, browsers send them so
+	}
+	*v = originsValue(list)
+	return nil
+}
+func (v *originsValue) text() string        { return (*listValue)(v).text() }
+func (v *originsValue) toml() string        { return (*listValue)(v).toml() }
+func (v *originsValue) accepts() []tomlType { return (*listValue)(v).accepts() }
 
 type countValue struct {
 	field *int

@@ -152,8 +152,10 @@ func TestServeCommand(t *testing.T) {
 	if code, token, problem := command("token", "alice", "--data-dir", dir); code != exitOK || strings.Count(token, ".") != 2 {
 		t.Errorf("token while serving: code %d, %q", code, problem)
 	}
-	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
-		t.Fatal(err)
+	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} { // the first only reloads
+		if err := syscall.Kill(os.Getpid(), sig); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if code := <-exited; code != exitOK {
 		t.Errorf("exit code %d", code)

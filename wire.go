@@ -32,11 +32,14 @@ const edgeID = 1
 // Millrace is the whole server in one process: the three islands, joined. The router is the table itself and the edge a
 // function call away; a cluster replaces these two by their remote twins.
 type Millrace struct {
-	store *embedded.DB
-	table *router.Table
-	owner *backend.Server
-	edge  *edge.Server
-	admin *adminServer
+	tokens   *token.Verifier
+	stopKeys context.CancelFunc
+	store    *embedded.DB
+	table    *router.Table
+	owner    *backend.Server
+	edge     *edge.Server
+	admin    *adminServer
+	log      *slog.Logger
 
 	draining atomic.Bool
 	done     chan error
@@ -45,21 +48,14 @@ type Millrace struct {
 
 // start opens the data directory, which locks it, and then serves. It returns when both listeners accept.
 func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err error) {
-	secret, err := openSecret(cfg)
+	verifier, err := openVerifier(cfg, log)
 	if err != nil {
-		return nil, err
-	}
-	verifier, err := token.NewHS256(secret)
-	if err != nil {
-		return nil, fmt.Errorf("auth secret: %w", err)
-	}
-	if err := warnOfExposure(secretPath(cfg), log); err != nil {
 		return nil, err
 	}
 	if err := protectData(cfg.Data.Dir, log); err != nil {
 		return nil, err
 	}
-	m = &Millrace{table: router.NewTable(), done: make(chan error, 1)}
+	m = &Millrace{tokens: verifier, table: router.NewTable(), log: log, done: make(chan error, 1)}
 	begun := m // m is nil where an error is returned
 	defer func() {
 		if err != nil {
@@ -105,6 +101,9 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	if err != nil {
 		return nil, err
 	}
+	keys, stop := context.WithCancel(context.Background())
+	m.stopKeys = stop
+	go m.tokens.Run(keys)
 	runtime.GC() // what starting has left behind is no headroom for what follows
 	go m.watch()
 	return m, nil
@@ -151,6 +150,9 @@ func (m *Millrace) Drain(ctx context.Context) error {
 // Close stops everything, in the order in which work flows. What was answered is durable already.
 func (m *Millrace) Close() error {
 	m.closing.Store(true)
+	if m.stopKeys != nil {
+		m.stopKeys()
+	}
 	var errs []error
 	if m.admin != nil {
 		errs = append(errs, within(adminCloseLimit, m.admin.Close))
@@ -174,6 +176,19 @@ func within(limit time.Duration, step func(context.Context) error) error {
 	return step(ctx)
 }
 
+// Reload reads again what may change while serving: the keys that verify tokens. What is wrong changes nothing.
+func (m *Millrace) Reload(ctx context.Context) error { return m.tokens.Refresh(ctx) }
+
+// Disconnect ends the sessions of a user, on all devices, and tells how many there were. Who has a valid token can connect again.
+func (m *Millrace) Disconnect(user string) int {
+	routes := m.table.Locate(nil, user)
+	for i := range routes {
+		m.edge.Disconnect(routes[i].Session)
+	}
+	m.log.Info("sessions ended by an operator", "sessions", len(routes))
+	return len(routes)
+}
+
 // Alive is an error when only a restart can help.
 func (m *Millrace) Alive() error { return errors.Join(m.edge.Alive(), m.store.Alive()) }
 
@@ -184,12 +199,13 @@ func (m *Millrace) Ready() []Check {
 	if !m.owner.CaughtUp() {
 		replay = errors.New("replaying what was unfinished before the restart")
 	}
-	return append(checks, Check{Name: "delivery", Err: replay})
+	return append(checks, Check{Name: "delivery", Err: replay}, Check{Name: "token keys", Err: m.tokens.Ready()})
 }
 
 // Metrics gives the figures of every island.
 func (m *Millrace) Metrics(emit func(name, help string, counter bool, value float64, labels ...string)) {
 	m.edge.Metrics(emit)
+	m.tokens.Metrics(emit)
 	m.table.Metrics(emit)
 	m.owner.Metrics(emit)
 	m.store.Metrics(emit)

@@ -6,8 +6,11 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -23,8 +26,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/golang-jwt/jwt/v5"
 
 	"millrace/protocol"
 	"millrace/protocol/token"
@@ -87,26 +88,65 @@ func newSigners(t testing.TB) *signers {
 	return &s
 }
 
-func testClaims(user string) jwt.MapClaims {
-	return jwt.MapClaims{"sub": user, "iss": testIssuer, "aud": testAudience, "exp": time.Now().Add(time.Hour).Unix()}
+type claimSet map[string]any
+
+func testClaims(user string) claimSet {
+	return claimSet{"sub": user, "iss": testIssuer, "aud": testAudience, "exp": time.Now().Add(time.Hour).Unix()}
 }
 
-// sign makes a token; kid may be empty.
-func sign(t testing.TB, method jwt.SigningMethod, key any, kid string, claims jwt.MapClaims) string {
+// tokenPart is a header or claims as they stand in a token.
+func tokenPart(t testing.TB, v any) string {
 	t.Helper()
-	j := jwt.NewWithClaims(method, claims)
-	if kid != "" {
-		j.Header["kid"] = kid
-	}
-	text, err := j.SignedString(key)
+	b, err := json.Marshal(v)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return text
+	return base64.RawURLEncoding.EncodeToString(b)
+}
+
+// sign makes a token; kid may be empty.
+func sign(t testing.TB, alg string, key any, kid string, claims claimSet) string {
+	t.Helper()
+	head := map[string]string{"alg": alg}
+	if kid != "" {
+		head["kid"] = kid
+	}
+	signed := tokenPart(t, head) + "." + tokenPart(t, claims)
+	sum, hash := sha256.Sum256([]byte(signed)), crypto.SHA256
+	digest := sum[:]
+	if alg == "RS384" {
+		sum := sha512.Sum384([]byte(signed))
+		digest, hash = sum[:], crypto.SHA384
+	}
+	var signature []byte
+	var err error
+	switch k := key.(type) {
+	case []byte:
+		mac := hmac.New(sha256.New, k)
+		mac.Write([]byte(signed))
+		signature = mac.Sum(nil)
+	case *ecdsa.PrivateKey:
+		r, s, signErr := ecdsa.Sign(rand.Reader, k, digest)
+		if err = signErr; err == nil {
+			signature = make([]byte, 64)
+			r.FillBytes(signature[:32])
+			s.FillBytes(signature[32:])
+		}
+	case *rsa.PrivateKey:
+		if alg == "PS256" {
+			signature, err = rsa.SignPSS(rand.Reader, k, hash, digest, nil)
+		} else {
+			signature, err = rsa.SignPKCS1v15(rand.Reader, k, hash, digest)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed + "." + base64.RawURLEncoding.EncodeToString(signature)
 }
 
 func (s *signers) es256(t testing.TB, user string) string {
-	return sign(t, jwt.SigningMethodES256, s.ec, "ec", testClaims(user))
+	return sign(t, "ES256", s.ec, "ec", testClaims(user))
 }
 
 // outcomes reads what the verifier has counted: tokens looked at by outcome, and how many of them were remembered.
@@ -173,23 +213,17 @@ func TestBadTokensOverSockets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	with := func(name string, value any) jwt.MapClaims {
+	with := func(name string, value any) claimSet {
 		c := testClaims("alice")
 		if c[name] = value; value == nil {
 			delete(c, name)
 		}
 		return c
 	}
-	es := func(c jwt.MapClaims) string { return sign(t, jwt.SigningMethodES256, keys.ec, "ec", c) }
+	es := func(c claimSet) string { return sign(t, "ES256", keys.ec, "ec", c) }
 	good := es(testClaims("alice"))
 	head, _, _ := strings.Cut(good, ".")
-	part := func(v any) string {
-		b, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return base64.RawURLEncoding.EncodeToString(b)
-	}
+	part := func(v any) string { return tokenPart(t, v) }
 	s, b := serve(t, func(c *Config) { c.Token = keys.verifier })
 	for _, tt := range []struct {
 		name, token string
@@ -198,13 +232,13 @@ func TestBadTokensOverSockets(t *testing.T) {
 		{name: "not a token", token: "alice"},
 		{name: "alg none", token: part(map[string]string{"alg": "none"}) + "." + part(testClaims("alice")) + "."},
 		{name: "alg none with a signature", token: part(map[string]string{"alg": "None"}) + "." + part(testClaims("alice")) + ".YQ"},
-		{name: "HS256 with the public key of RS256", token: sign(t, jwt.SigningMethodHS256, keys.rsaPEM, "rsa", testClaims("alice"))},
-		{name: "HS256 with a public key and no kid", token: sign(t, jwt.SigningMethodHS256, keys.rsaPEM, "", testClaims("alice"))},
-		{name: "PS256", token: sign(t, jwt.SigningMethodPS256, keys.rsa, "rsa", testClaims("alice"))},
-		{name: "RS384", token: sign(t, jwt.SigningMethodRS384, keys.rsa, "rsa", testClaims("alice"))},
-		{name: "another's key", token: sign(t, jwt.SigningMethodES256, other, "ec", testClaims("alice"))},
-		{name: "unknown kid", token: sign(t, jwt.SigningMethodES256, keys.ec, "ec2", testClaims("alice"))},
-		{name: "the kid of another key", token: sign(t, jwt.SigningMethodES256, keys.ec, "rsa", testClaims("alice"))},
+		{name: "HS256 with the public key of RS256", token: sign(t, "HS256", keys.rsaPEM, "rsa", testClaims("alice"))},
+		{name: "HS256 with a public key and no kid", token: sign(t, "HS256", keys.rsaPEM, "", testClaims("alice"))},
+		{name: "PS256", token: sign(t, "PS256", keys.rsa, "rsa", testClaims("alice"))},
+		{name: "RS384", token: sign(t, "RS384", keys.rsa, "rsa", testClaims("alice"))},
+		{name: "another's key", token: sign(t, "ES256", other, "ec", testClaims("alice"))},
+		{name: "unknown kid", token: sign(t, "ES256", keys.ec, "ec2", testClaims("alice"))},
+		{name: "the kid of another key", token: sign(t, "ES256", keys.ec, "rsa", testClaims("alice"))},
 		{name: "other claims under the signature", token: head + "." + part(testClaims("bob")) + good[strings.LastIndex(good, "."):]},
 		{name: "cut", token: good[:len(good)-5]},
 		{name: "padding", token: good + "="},
@@ -297,7 +331,7 @@ func TestReconnectStorm(t *testing.T) {
 	keys := newSigners(t)
 	tokens := make([]string, users)
 	for i := range tokens {
-		tokens[i] = sign(t, jwt.SigningMethodRS256, keys.rsa, "rsa", testClaims(fmt.Sprintf("user%d", i)))
+		tokens[i] = sign(t, "RS256", keys.rsa, "rsa", testClaims(fmt.Sprintf("user%d", i)))
 	}
 	s, _ := serve(t, func(c *Config) { c.Token, c.MaxConnections = keys.verifier, 2*users*devices })
 	storm := func() {

@@ -9,6 +9,11 @@ import (
 
 // SignHS256 makes a token for user, valid from issued for ttl, with the times in whole seconds. Secret is treated as by NewHS256.
 func SignHS256(secret []byte, user string, issued time.Time, ttl time.Duration) (string, error) {
+	return SignHS256For(secret, user, "", "", issued, ttl)
+}
+
+// SignHS256For is SignHS256 with iss and aud in the token, where they are not empty.
+func SignHS256For(secret []byte, user, issuer, audience string, issued time.Time, ttl time.Duration) (string, error) {
 	secret, err := checkSecret(secret)
 	if err != nil {
 		return "", err
@@ -20,11 +25,14 @@ func SignHS256(secret []byte, user string, issued time.Time, ttl time.Duration) 
 	if ttl < time.Second || issued.Unix() < 0 || expires.Unix() > maxUnixSeconds {
 		return "", fmt.Errorf("sign token: a lifetime of %v from %v is not possible", ttl, issued)
 	}
-	signed, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{
-		"sub": user,
-		"iat": issued.Unix(),
-		"exp": expires.Unix(),
-	}).SignedString(secret)
+	claims := jwt.MapClaims{"sub": user, "iat": issued.Unix(), "exp": expires.Unix()}
+	if issuer != "" {
+		claims["iss"] = issuer
+	}
+	if audience != "" {
+		claims["aud"] = audience
+	}
+	signed, err := jwt.NewWithClaims(jwt.SigningMethodHS256, claims).SignedString(secret)
 	if err != nil {
 		return "", fmt.Errorf("sign token: %w", err)
 	}

@@ -251,6 +251,17 @@ func (v *Verifier) Run(ctx context.Context) {
 	}
 }
 
+// Ready is ErrUnavailable while there is not one key: those of every configured address are still to come, and every token
+// is ErrUnavailable.
+func (v *Verifier) Ready() error {
+	for _, keys := range v.set.Load().keys {
+		if len(keys) > 0 {
+			return nil
+		}
+	}
+	return ErrUnavailable
+}
+
 func (v *Verifier) nextDue() (due time.Time, some bool) {
 	v.loading.Lock()
 	defer v.loading.Unlock()
