@@ -353,7 +353,7 @@ func (d *DB) insist(read func() error) error {
 }
 
 func mayPass(err error) bool {
-	return !errors.Is(err, errRow) && !errors.Is(err, ErrClosed) && !errors.Is(err, pebble.ErrCorruption)
+	return !errors.Is(err, errRow) && !errors.Is(err, ErrClosed) && !pebble.IsCorruptionError(err)
 }
 
 func (d *DB) stall(err error) {

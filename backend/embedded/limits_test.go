@@ -638,7 +638,7 @@ func TestFailedSyncEndsTheProcess(t *testing.T) {
 // TestCorruptTableStopsTheStore: what a checksum refuses must not be overwritten or passed over, for nobody knows which rows it is.
 // Everything from there on is refused, and Healthy says why.
 func TestCorruptTableStopsTheStore(t *testing.T) {
-	disk := &unreadable{FS: tables(t), err: pebble.ErrCorruption}
+	disk := &unreadable{FS: tables(t)}
 	d := open(t, Config{FS: disk, Shards: 1})
 	disk.failing.Store(true)
 	fs := newAnswers()
@@ -673,8 +673,8 @@ func TestCorruptTableStopsTheStore(t *testing.T) {
 			t.Fatalf("append: %+v", refusal)
 		}
 	}
-	if err := d.Healthy(); !errors.Is(err, pebble.ErrCorruption) {
-		t.Fatalf("healthy: %v", err)
+	if err := d.Healthy(); !pebble.IsCorruptionError(err) || d.count.readRetries.Load() != 0 {
+		t.Fatalf("healthy: %v, after %d more tries", err, d.count.readRetries.Load())
 	}
 	disk.failing.Store(false)
 	refused := make(chan protocol.Refusal, 1)

@@ -15,7 +15,8 @@ import (
 	"millrace/protocol"
 )
 
-// unreadable is a file system whose tables, when failing, can be read left more times.
+// unreadable is a file system whose tables, when failing, can be read left more times. Then a read fails with err, or if
+// that is nil, reads zeros.
 type unreadable struct {
 	vfs.FS
 	err     error
@@ -44,7 +45,11 @@ type unreadableFile struct {
 func (f *unreadableFile) ReadAt(b []byte, at int64) (int, error) {
 	if f.fs.failing.Load() && f.fs.left.Add(-1) < 0 {
 		f.fs.failed.Add(1)
-		return 0, f.fs.err
+		if f.fs.err != nil {
+			return 0, f.fs.err
+		}
+		clear(b)
+		return len(b), nil
 	}
 	return f.File.ReadAt(b, at)
 }
