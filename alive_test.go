@@ -42,7 +42,7 @@ func TestAFailedStoreIsNotAlive(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	m = begin() // what was in the log of the database is in a table now
+	m = begin()                      // what was in the log of the database is in a table now
 	defer func() { _ = m.Close() }() // it may say what is wrong with the table
 	if status, body := fetch(t, unpooled(), m.admin, "/livez"); status != http.StatusOK {
 		t.Fatalf("before: %d %s", status, body)
