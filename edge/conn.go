@@ -414,7 +414,7 @@ var errorTexts = [refusalCodes]string{
 	protocol.CodeSessionReplaced:  "the same device connected elsewhere",
 	protocol.CodeSlow:             "nothing was read or acknowledged for 60 s",
 	protocol.CodeTimeout:          "authentication, a frame or a heartbeat took too long",
-	protocol.CodeFlooding:         "went on sending against rate_limited",
+	protocol.CodeFlooding:         "went on sending against rate_limited, or against the rules",
 	protocol.CodeFrameTooLarge:    "frame is over its size limit",
 	protocol.CodeRateLimited:      "over the message rate",
 	protocol.CodeOverloaded:       "the server is behind",

@@ -12,6 +12,10 @@ import (
 const (
 	outSoftBytes = 64 << 10  // outbound of a connection: beyond it messages wait in the mailbox
 	outHardBytes = 256 << 10 // beyond it the connection is closed
+	// answerBytes is what a client is answered in one turn. Frames that keep the rules ask for a small part of it. One that breaks them can
+	// ask for ten times its own length, and with the longest message on top of this the answers still fit outHardBytes: so a client
+	// that reads is told, and not cut off for a buffer that it had no time to empty.
+	answerBytes = 128 << 10
 	// messageBytes is at most what a message takes on the wire besides its content: two user ids, an id, and names of fields.
 	messageBytes = 2*protocol.MaxUserBytes + 192
 	// sealBytes ends a binary WebSocket message that holds many frames. With the largest frame behind it, it is under 64 KiB.
@@ -106,10 +110,15 @@ func (l *loop) buffered(c *conn) int {
 	if c.has(flagBacklog) {
 		n = c.sock.OutboundBuffered()
 	}
-	if c.out > 0 {
-		n += len(l.dirty[c.out-1].buf.B)
+	return n + l.queued(c)
+}
+
+// queued is how many of these bytes are from this turn.
+func (l *loop) queued(c *conn) int {
+	if c.out == 0 {
+		return 0
 	}
-	return n
+	return len(l.dirty[c.out-1].buf.B)
 }
 
 // room reports whether the outbound budget takes n more bytes.

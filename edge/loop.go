@@ -304,6 +304,10 @@ func (l *loop) readFrames(c *conn, data []byte) {
 		}
 		l.event(c, &ev)
 		data = rest
+		if c.active() && l.queued(c) > answerBytes {
+			l.fail(c, protocol.CodeFlooding, protocol.CloseFlooding, closeFlooding)
+			c.flags |= flagDeaf
+		}
 	}
 	if r != &l.reader {
 		return

@@ -23,7 +23,7 @@ const (
 	CodeSessionReplaced  Code = 13 // the same device connected elsewhere
 	CodeSlow             Code = 14 // the client did not read or acknowledge for 60 s
 	CodeTimeout          Code = 15 // authentication, a frame or a heartbeat took too long
-	CodeFlooding         Code = 16 // went on sending at over ten times the rate for 10 s
+	CodeFlooding         Code = 16 // went on sending at over ten times the rate for 10 s, or sent much at once that is refused
 	CodeFrameTooLarge    Code = 17 // over a size limit
 
 	// Trying the same bytes again after retry_after_ms can succeed.
@@ -117,7 +117,7 @@ const (
 	CloseTokenExpired CloseCode = 4401 // get a new token, then connect
 	CloseTimeout      CloseCode = 4408 // authentication, a frame or a heartbeat took too long
 	CloseSlow         CloseCode = 4413 // the client did not read or acknowledge for 60 s
-	CloseFlooding     CloseCode = 4429 // over ten times the rate for 10 s
+	CloseFlooding     CloseCode = 4429 // over ten times the rate for 10 s, or much at once that is refused
 	CloseBlockUsed    CloseCode = 4430 // the connection has used up its numbers: connect for new ones
 
 	CloseSessionReplaced CloseCode = 4500 // the same device connected elsewhere

@@ -488,7 +488,8 @@
 //	14  slow               did not read or acknowledge for 60 s; close 4413
 //	15  timeout            authentication, a message or a heartbeat took too long; close 4408
 //	16  flooding           over 100 seconds' worth of sends were refused with rate_limited within
-//	                       10 s; close 4429
+//	                       10 s, or what was sent at once asks for over 128 KiB of answers, which
+//	                       only frames that break rules do; close 4429
 //	17  frame_too_large    over a size limit; close 1009
 //
 // With retry_after_ms; about a send, its number stays open:
