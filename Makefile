@@ -30,15 +30,18 @@ build: ## build the static binary ./millrace
 test: ## every test that needs nothing but Go, with the race detector where a C compiler is found
 	$(if $(RACE),,@echo "no C compiler: testing without the race detector")
 	go test $(RACE) -timeout 10m ./...
+	go test $(RACE) -tags echo -run "Autobahn|Echo" ./edge # the echo path is in no other build
 	go test -run "Alloc|Garbage" ./backend ./edge ./protocol/token # what the race detector would falsify
 
-vet: ## go vet, with and without the crash points
+vet: ## go vet, with and without the crash points and the echo path
 	go vet ./...
 	go vet -tags crashpoints ./...
+	go vet -tags echo ./edge
 
 lint: ## staticcheck
 	go run $(STATICCHECK) ./...
 	go run $(STATICCHECK) -tags crashpoints ./...
+	go run $(STATICCHECK) -tags echo ./edge
 
 # Before Go 1.27 the end of -fuzztime can fail with nothing but its own expired deadline (go.dev/issue/75804). A hang looks the same, but
 # comes again.

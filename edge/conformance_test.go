@@ -44,7 +44,7 @@ func TestTenThousandFrames(t *testing.T) {
 			{"pings", pings, n, false},
 			{"acknowledgements of nothing", append(manyFrames(n, nothing), ping...), 1, false},
 			{"empty messages", append(manyFrames(n, final(op, "")), ping...), 1, false},
-			{"fragments", append(part(op, ""), manyFrames(n, part(ws.OpContinuation, ""))...), 0, true},
+			{"fragments", append(part(op, ""), manyFrames(n, part(cont, ""))...), 0, true},
 		} {
 			c := login(t, s, sub, "alice", "phone")
 			written := make(chan error, 1)

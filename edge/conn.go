@@ -52,6 +52,7 @@ const (
 	flagDoomed                           // will be closed when the turn ends
 	flagLate                             // accepted after Drain had begun
 	flagRenewing                         // the token of a renew is being verified
+	flagEcho                             // of a test build, see echo.go
 )
 
 // conn is one connection, in a slab of its loop and touched by nothing but that loop. An idle connection owns
@@ -92,6 +93,9 @@ func (c *conn) text() bool { return c.has(flagJSON) }
 
 // limit is the length of a WebSocket message from this client.
 func (c *conn) limit() int {
+	if c.echoes() {
+		return maxEchoBytes
+	}
 	if c.text() {
 		return protocol.MaxJSONFrameBytes
 	}

@@ -19,6 +19,7 @@
 //	sweep.go             everything that is due by time
 //	slab.go              where connections live
 //	metrics.go           what is counted
+//	echo.go              a path for tests of conformance, in builds with the tag "echo" only
 //
 // # What is bounded, and by what
 //

@@ -279,6 +279,9 @@ func (l *loop) upgraded(c *conn, r *upgradeRequest) {
 	o := l.output(c)
 	o.buf.B = appendUpgraded(o.buf.B, r)
 	c.state = stateConnect
+	if r.echo {
+		l.openEcho(c)
+	}
 }
 
 func (l *loop) refuseUpgrade(c *conn, e httpError) {
@@ -298,6 +301,9 @@ func (l *loop) readFrames(c *conn, data []byte) {
 		r = &c.work.reader
 	}
 	for !c.has(flagDeaf) {
+		if c.echoes() {
+			l.beginEcho(c, r, data)
+		}
 		ev, rest := r.next(data, c.text(), c.limit(), l.tick)
 		if ev.kind == wsMore {
 			break
@@ -329,6 +335,10 @@ func (l *loop) event(c *conn, ev *wsEvent) {
 	}
 	switch ev.kind {
 	case wsMessage:
+		if c.echoes() {
+			l.echo(c, ev.payload)
+			return
+		}
 		l.message(c, ev.payload)
 	case wsPing:
 		l.m.pings++

@@ -67,6 +67,7 @@ type upgradeRequest struct {
 	token  []byte // of Authorization: Bearer; nil when there is none
 	device []byte // of the query, with a token; empty when there is none
 	json   bool
+	echo   bool   // never set but in a test build, see echo.go
 	chosen string // the subprotocol to name in the response; "" when none was offered
 }
 
@@ -109,9 +110,10 @@ func parseUpgrade(b []byte, origins []origin) (r upgradeRequest, e httpError) {
 		return r, httpError{405, "only GET is allowed"}
 	}
 	path, query, _ := bytes.Cut(target, []byte{'?'})
-	switch string(path) {
-	case webSocketPath:
-	case "/":
+	r.echo = isEchoPath(path)
+	switch {
+	case string(path) == webSocketPath || r.echo:
+	case string(path) == "/":
 		return r, httpError{status: 200}
 	default:
 		return r, httpError{404, "not found; WebSocket clients connect to " + webSocketPath}
@@ -119,7 +121,7 @@ func parseUpgrade(b []byte, origins []origin) (r upgradeRequest, e httpError) {
 	if e = h.judge(origins); e.status != 0 {
 		return r, e
 	}
-	if h.authorizations > 0 {
+	if h.authorizations > 0 && !r.echo {
 		if r.device, ok = queryDevice(query); !ok {
 			return r, httpError{400, "device is not a device id: 1 to 32 of A-Z a-z 0-9 . _ @ -"}
 		}
