@@ -3,6 +3,7 @@ package edge
 import (
 	"bytes"
 	"fmt"
+	"strconv"
 	"strings"
 )
 
@@ -25,7 +26,9 @@ func parseOrigins(list []string) ([]origin, error) {
 // CheckOrigin is an error if Config.Origins cannot have this entry, which names it: each is scheme://host or scheme://host:port,
 // nothing else.
 func CheckOrigin(text string) error {
-	if _, ok := parseOrigin([]byte(text)); !ok {
+	o, ok := parseOrigin([]byte(text))
+	// A port that a browser would write otherwise, or never, would be listed in vain.
+	if port, err := strconv.ParseUint(o.port, 10, 16); !ok || err != nil || port == 0 || o.port[0] == '0' {
 		return fmt.Errorf("%q is not a web origin: expected https://host, http://host, or either with :port, and no wildcard", text)
 	}
 	return nil

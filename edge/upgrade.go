@@ -377,6 +377,8 @@ func appendRefused(dst []byte, e httpError, retryAfterSeconds int) []byte {
 	dst = append(dst, ' ')
 	dst = append(dst, statusText(e.status)...)
 	switch e.status {
+	case 200:
+		dst = append(dst, "\r\nContent-Security-Policy: default-src 'none'; style-src 'unsafe-inline'"...)
 	case 401:
 		dst = append(dst, "\r\nWWW-Authenticate: Bearer"...)
 	case 405:
@@ -419,10 +421,19 @@ func statusText(status int) string {
 
 // startPage is what a browser sees that is pointed at the server.
 const startPage = `<!doctype html>
+<html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>millrace</title>
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}pre{overflow-x:auto}</style>
 <h1>millrace</h1>
-<p>This is a chat server for WebSocket clients. Connect to <code>` + webSocketPath + `</code> with the subprotocol
-<code>` + protocol.SubprotocolBinary + `</code> or <code>` + protocol.SubprotocolJSON + `</code>.
-<p>From a terminal: <code>millrace chat --as alice</code>
+<p>This is a chat server, and it runs. It has no pages to show: clients connect by WebSocket.
+<p>The path is <code>` + webSocketPath + `</code>, the subprotocol <code>` + protocol.SubprotocolJSON + `</code>
+or <code>` + protocol.SubprotocolBinary + `</code>.
+<p>From a terminal on this machine:
+<pre>millrace chat --as alice --with bob</pre>
+<p>From a browser's console, with an access token:
+<pre>ws = new WebSocket(location.origin.replace("http", "ws") + "` + webSocketPath + `", "` + protocol.SubprotocolJSON + `")
+ws.onmessage = e => console.log(e.data)
+ws.onopen = () => ws.send(JSON.stringify({action: "connect", token: "…"}))</pre>
 `
