@@ -1,9 +1,11 @@
 package edge
 
 import (
+	"bytes"
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/gobwas/ws"
 
@@ -130,4 +132,71 @@ func TestAnswersOfOneTurn(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzConnection feeds a loop whatever a client may send: as it is from the first byte on, behind an upgrade, and behind connected. Nothing
+// panics, what comes back is bounded, and the connection beside it lives.
+func FuzzConnection(f *testing.F) {
+	f.Add([]byte(base+"\r\n"), uint16(3), uint8(0))
+	f.Add([]byte(lines("GET / HTTP/1.1", "Host: x")), uint16(3), uint8(0))
+	f.Add(encode(true, &protocol.Frame{Kind: protocol.KindConnect, Token: []byte("alice")}), uint16(7), uint8(2))
+	f.Add(frames(encode(false, sendFrame(1, "x"), sendFrame(2, "y")), final(ws.OpPing, "p"), closingFrame(1000, "")), uint16(30), uint8(3))
+	f.Add(frames(part(ws.OpText, `{"action":"send_message","message_id`), final(cont, `_by_client":1,"receiver_id":"bob","content":"x"}`)), uint16(9), uint8(4))
+	f.Add(encode(false, &protocol.Frame{Kind: protocol.KindAcknowledge, IDs: []protocol.MessageID{{1}, {2}}}), uint16(1), uint8(3))
+	f.Add(encode(true, &protocol.Frame{Kind: protocol.KindRenewToken, Token: []byte("alice")}), uint16(1), uint8(4))
+	f.Add(bytes.Repeat(final(ws.OpText, "x"), 3000), uint16(1), uint8(4))
+	f.Fuzz(func(t *testing.T, stream []byte, at uint16, stage uint8) {
+		b := newBench(t, nil)
+		bystander := b.open(protocol.SubprotocolBinary, "bystander", "phone")
+		var s *fakeSocket
+		switch stage % 5 {
+		case 0:
+			s = b.accept()
+		case 1, 2:
+			s = b.accept()
+			s.receive([]byte(upgradeText([]string{protocol.SubprotocolBinary, protocol.SubprotocolJSON}[stage%5-1], "")))
+		case 3, 4:
+			s = b.open([]string{protocol.SubprotocolBinary, protocol.SubprotocolJSON}[stage%5-3], "alice", "phone")
+		}
+		s.out = nil
+		asked := len(b.asked)
+		stream = stream[:min(len(stream), 64<<10)] // what a loop reads at once
+		cut := int(at) % (len(stream) + 1)
+		for _, piece := range [][]byte{stream[:cut], stream[cut:]} {
+			if s.out = nil; len(piece) > 0 && !s.closed {
+				s.receive(piece)
+			}
+			if len(s.out) > outHardBytes {
+				t.Fatalf("%d bytes of answers", len(s.out))
+			}
+		}
+		b.verify()
+		for _, r := range b.asked[asked:] {
+			b.s.Registered(protocol.Registered{To: r.Session, Block: 1})
+		}
+		b.l.drainInbox()
+		if !s.closed && s.conn.work != nil && s.conn.work.reader.partial != nil {
+			if kept := len(s.conn.work.reader.partial.B); kept > max(maxHeadBytes, s.conn.limit()+14) {
+				t.Fatalf("%d bytes are kept", kept)
+			}
+		}
+		bystander.out = nil
+		for range 3 * protocol.HeartbeatSeconds / 3 {
+			b.now = b.now.Add(3 * time.Second)
+			b.l.sweep()
+			bystander.receive(final(ws.OpPing, "still here"))
+			if got := replies(bystander.replies()); got != `pong "still here"` {
+				t.Fatalf("the connection beside it got %s", got)
+			}
+		}
+		if !s.closed {
+			t.Fatalf("a silent connection lives in state %d", s.conn.state)
+		}
+		if b.l.m.panics != 0 {
+			t.Fatalf("%d panics", b.l.m.panics)
+		}
+		if n := b.s.connections.Load(); n != 1 {
+			t.Fatalf("%d connections", n)
+		}
+	})
 }

@@ -261,6 +261,13 @@ func FuzzFrames(f *testing.F) {
 		if got := transcript([][]byte{stream[:cut], stream[cut:]}, text, limit); got != whole {
 			t.Fatalf("cut at %d: %s\nwhole: %s", cut, got, whole)
 		}
+		var single [][]byte
+		for i := range stream {
+			single = append(single, stream[i:i+1])
+		}
+		if got := transcript(single, text, limit); got != whole {
+			t.Fatalf("single bytes: %s\nwhole: %s", got, whole)
+		}
 		var r wsReader
 		for i := range stream {
 			data := []byte{stream[i]}
