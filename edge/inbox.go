@@ -159,6 +159,19 @@ func once(seen *map[uint64]struct{}, conn uint64) bool {
 	return true
 }
 
+// pageRefusal stands for a page that is over the budget; the sweep asks again.
+var pageRefusal = protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 1000}
+
+// reserve takes n bytes of the budget for a page, or counts one that is refused. With the lock held.
+func (in *inbox) reserve(n int) bool {
+	if in.bytes+n > inboxBytes {
+		in.drops.pages++
+		return false
+	}
+	in.bytes += n
+	return true
+}
+
 // putPage takes a page. One over the budget becomes a refusal, upon which the sweep asks again.
 func (in *inbox) putPage(p protocol.Page) (wake, ok bool) {
 	n := 0
@@ -166,12 +179,8 @@ func (in *inbox) putPage(p protocol.Page) (wake, ok bool) {
 		n += pushBytes + len(p.Rows[i].Message.Content)
 	}
 	return in.put(func(b *inboxBatch) {
-		if in.bytes+n > inboxBytes {
-			in.drops.pages++
-			p.Rows = nil
-			p.Refusal = protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 1000}
-		} else {
-			in.bytes += n
+		if !in.reserve(n) {
+			p.Rows, p.Refusal = nil, pageRefusal
 		}
 		b.pages = append(b.pages, p)
 		b.note(inboxPage, 1)
@@ -210,12 +219,8 @@ func (b *inboxBatch) miss(r *protocol.ReceiptPush) {
 // putReceiptsPage takes a page of receipts. One over the budget becomes a refusal, upon which the sweep asks again.
 func (in *inbox) putReceiptsPage(p protocol.ReceiptsPage) (wake, ok bool) {
 	return in.put(func(b *inboxBatch) {
-		if n := len(p.Receipts) * receiptBytes; in.bytes+n > inboxBytes {
-			in.drops.pages++
-			p.Receipts = nil
-			p.Refusal = protocol.Refusal{Code: protocol.CodeOverloaded, RetryAfterMs: 1000}
-		} else {
-			in.bytes += n
+		if !in.reserve(len(p.Receipts) * receiptBytes) {
+			p.Receipts, p.Refusal = nil, pageRefusal
 		}
 		b.receiptsPages = append(b.receiptsPages, p)
 		b.note(inboxReceiptsPage, 1)
