@@ -160,17 +160,24 @@ func (e *engine) OnOpen(c gnet.Conn) (out []byte, action gnet.Action) {
 	s := e.server
 	if s.connections.Add(1) > int64(s.cfg.MaxConnections) {
 		s.connections.Add(-1)
-		s.full.Add(1)
-		return serverFull, gnet.Close
+		return e.refused(), gnet.Close
 	}
 	opened := e.loopOf(c.EventLoop()).open(c)
 	if opened == nil {
 		s.connections.Add(-1)
-		s.full.Add(1)
-		return serverFull, gnet.Close
+		return e.refused(), gnet.Close
 	}
 	c.SetContext(opened)
 	return nil, gnet.None
+}
+
+// refused is what a connection hears that is too much: over TLS nothing, since that would take a handshake.
+func (e *engine) refused() []byte {
+	e.server.full.Add(1)
+	if e.server.tls != nil {
+		return nil
+	}
+	return serverFull
 }
 
 var serverFull = appendRefused(nil, httpError{503, "the server has as many connections as it can"}, 5)
@@ -199,10 +206,26 @@ func (e *engine) loopOf(handle gnet.EventLoop) *loop {
 func (e *engine) OnTraffic(c gnet.Conn) gnet.Action {
 	data, err := c.Next(-1)
 	cn, ok := c.Context().(*conn)
-	if err != nil || !ok || e.server.loops[cn.loop].traffic(cn, data) {
+	if err != nil || !ok {
+		return gnet.Close
+	}
+	if e.server.loops[cn.loop].traffic(cn, data) {
+		parted(cn.sock)
 		return gnet.Close
 	}
 	return gnet.None
+}
+
+// parted says goodbye on a TLS connection and returns the gnet connection, or nil when it is closed by then.
+func parted(s socket) gnet.Conn {
+	t, ok := s.(*tlsSocket)
+	if !ok {
+		return s.(gnet.Conn)
+	}
+	if t.part(); t.closed {
+		return nil
+	}
+	return t.raw.(gnet.Conn)
 }
 
 // OnClose is called before the descriptor is closed, also from within Write.
@@ -235,13 +258,19 @@ func (g *gnetLoop) execute(task gnet.Runnable) {
 }
 
 func (g *gnetLoop) closeSocket(s socket) {
-	c := s.(gnet.Conn)
+	c := parted(s)
+	if c == nil {
+		return
+	}
 	if err := c.EventLoop().Close(c); err != nil {
 		g.loop.server.cfg.Logger.Debug("close a connection", "error", err.Error())
 	}
 }
 
 func (g *gnetLoop) closeWrite(s socket) {
+	if parted(s) == nil || s.OutboundBuffered() > 0 { // the peer has the word of TLS then, and closes
+		return
+	}
 	// The peer may be gone already, which its close event will tell.
 	_ = syscall.Shutdown(s.Fd(), syscall.SHUT_WR)
 }

@@ -265,6 +265,7 @@ func testConfig(b *stubBackend) Config {
 		Addr: "127.0.0.1:0", Loops: 2, MaxConnections: 1000, EdgeID: 3,
 		Token: stubTokens{}, Publisher: b, Acknowledger: b, Mailbox: b, Registrar: b,
 		Logger:      slog.New(slog.DiscardHandler),
+		Certificate: overTLS,
 		sweepSlices: 1,
 	}
 }
@@ -333,6 +334,9 @@ func dialTCP(t testing.TB, s *Server) net.Conn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(2 * patience))
+	if s.tls != nil {
+		return secured(t, conn)
+	}
 	return conn
 }
 
@@ -356,7 +360,18 @@ func request(t testing.TB, s *Server, text string) (*http.Response, string, net.
 
 func dial(t testing.TB, s *Server, subprotocol, more string) *client {
 	t.Helper()
-	c := &client{t: t, conn: dialTCP(t, s), json: subprotocol != protocol.SubprotocolBinary}
+	return upgrade(t, dialTCP(t, s), subprotocol, more)
+}
+
+// upgradeOn makes a connection one of JSON.
+func upgradeOn(t testing.TB, conn net.Conn) *client {
+	t.Helper()
+	return upgrade(t, conn, protocol.SubprotocolJSON, "")
+}
+
+func upgrade(t testing.TB, conn net.Conn, subprotocol, more string) *client {
+	t.Helper()
+	c := &client{t: t, conn: conn, json: subprotocol != protocol.SubprotocolBinary}
 	c.r = bufio.NewReader(c.conn)
 	if _, err := c.conn.Write([]byte(upgradeText(subprotocol, more))); err != nil {
 		t.Fatal(err)

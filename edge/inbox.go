@@ -45,6 +45,7 @@ type inboxBatch struct {
 	fences     []protocol.Fence
 	verified   []*claim
 	revoked    []protocol.Session
+	handshaken []uint64 // by Session.Conn: TLS handshakes that have something to say
 
 	receiptsPages []protocol.ReceiptsPage
 
@@ -80,6 +81,7 @@ const (
 	inboxFence
 	inboxVerified
 	inboxRevoked
+	inboxHandshaken
 )
 
 type run struct {
@@ -269,6 +271,7 @@ func (b *inboxBatch) clear() {
 	b.fences = emptied(b.fences)
 	b.verified = emptied(b.verified)
 	b.revoked = emptied(b.revoked)
+	b.handshaken = emptied(b.handshaken)
 	b.inRefused = emptiedSet(b.inRefused)
 	b.inNotices = emptiedSet(b.inNotices)
 	b.inMissed = emptiedSet(b.inMissed)

@@ -45,7 +45,8 @@ type loop struct {
 
 	slots    slab
 	names    nameArena
-	sessions int // open ones
+	sessions int      // open ones
+	tls      *tlsTurn // nil: sockets are plain
 
 	// This turn.
 	turning bool
@@ -94,7 +95,11 @@ type encodedMessage struct {
 }
 
 func newLoop(s *Server, index int) *loop {
-	return &loop{server: s, index: uint8(index), fence: 1}
+	l := &loop{server: s, index: uint8(index), fence: 1}
+	if s.tls != nil {
+		l.tls = newTLSTurn()
+	}
+	return l
 }
 
 func (l *loop) begin() {
@@ -185,6 +190,9 @@ func (l *loop) open(s socket) *conn {
 		c.flags |= flagLate
 		l.server.late.Add(1)
 	}
+	if l.tls != nil {
+		l.startTLS(c)
+	}
 	l.turning = false
 	return c
 }
@@ -194,7 +202,7 @@ func (l *loop) open(s socket) *conn {
 func (l *loop) traffic(c *conn, data []byte) (hangUp bool) {
 	l.begin()
 	l.current, l.hangUp = c, false
-	l.tryRead(c, data)
+	l.receive(c, data)
 	l.end()
 	if !l.hangUp && c.state != stateFree && c.state != stateGone {
 		l.relax(c)
@@ -383,6 +391,9 @@ func (l *loop) closed(c *conn) {
 	if top {
 		l.begin()
 	}
+	if t, ok := c.sock.(*tlsSocket); ok {
+		t.end()
+	}
 	l.tryEndSession(c)
 	l.forget(c)
 	if top {
@@ -443,7 +454,7 @@ func (l *loop) drainInbox() {
 type inboxCursor struct {
 	run, n                                                                                                  int
 	answers, pushes, refused, notices, receipts, pages, receiptsPages, missed, registered, replaced, fences int
-	verified, revoked                                                                                       int
+	verified, revoked, handshaken                                                                           int
 }
 
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
@@ -515,6 +526,11 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 				k.revoked++
 				l.serving = s.Conn
 				l.revoked(s)
+			case inboxHandshaken:
+				id := b.handshaken[k.handshaken]
+				k.handshaken++
+				l.serving = id
+				l.handshaken(id)
 			case inboxFence:
 				l.fenced = max(l.fenced, b.fences[k.fences].Number)
 				k.fences++
@@ -542,8 +558,8 @@ func (l *loop) tryGoAway() {
 		switch {
 		case c.active():
 			l.leave(c, protocol.CloseRestart, l.goAwayMs())
-		case c.state == stateUpgrade && c.work == nil:
-			// It has not sent a byte of its request; one that has gets 503.
+		case c.state == stateUpgrade && c.work == nil && (l.tls == nil || !c.has(flagLate)):
+			// It has not sent a byte of its request; one that has gets 503. So does one of TLS that came late: a handshake is no silence.
 			c.reason = closeGoingAway
 			l.doom(c)
 		}

@@ -80,9 +80,18 @@ func (b *bench) Unregister(u, d []byte, s protocol.Session) {
 
 func (b *bench) wake() { b.wakes++ }
 
-func (b *bench) closeSocket(s socket) { s.(*fakeSocket).close() }
+func (b *bench) closeSocket(s socket) { fakeOf(s).close() }
 
-func (b *bench) closeWrite(s socket) { s.(*fakeSocket).halfClosed = true }
+func (b *bench) closeWrite(s socket) { fakeOf(s).halfClosed = true }
+
+// fakeOf says goodbye on a TLS connection, as the engine does.
+func fakeOf(s socket) *fakeSocket {
+	if t, ok := s.(*tlsSocket); ok {
+		t.part()
+		s = t.raw
+	}
+	return s.(*fakeSocket)
+}
 
 // fakeSocket takes everything at once, or buffers, or fails.
 type fakeSocket struct {
@@ -145,7 +154,7 @@ func (s *fakeSocket) receive(data []byte) {
 		s.bench.t.Fatal("the server has closed this connection")
 	}
 	if s.bench.l.traffic(s.conn, bytes.Clone(data)) {
-		s.close()
+		fakeOf(s.conn.sock).close()
 	}
 }
 

@@ -34,6 +34,7 @@ type counters struct {
 	refusals            [refusalCodes]uint64
 	closes              [closeReasons]uint64
 	drops               [dropReasons]uint64
+	tlsHandshakes       [tlsResults]uint64
 }
 
 // published is where a loop leaves its counters for others.
@@ -85,6 +86,7 @@ const (
 	closeGoingAway
 	closeUnverified // nobody could tell whether the token is good
 	closeRevoked    // an operator wanted it
+	closeTLS        // the peer did not keep to it, or to a limit of it
 	closePanic
 	closeReasons
 )
@@ -93,7 +95,7 @@ var closeReasonNames = [closeReasons]string{
 	"unknown", "disconnected", "client", "handshake", "authentication_timeout", "unauthorized", "not_connected", "too_many_devices",
 	"registration", "session_replaced", "token_expired", "protocol_error", "unsupported", "invalid_utf8", "too_big",
 	"frame_timeout", "heartbeat", "slow", "flooding", "going_away",
-	"unverified", "revoked", "internal",
+	"unverified", "revoked", "tls", "internal",
 }
 
 func violationReason(code protocol.CloseCode) closeReason {
@@ -190,6 +192,7 @@ func (m *counters) add(o *counters) {
 	addAll(m.refusals[:], o.refusals[:])
 	addAll(m.closes[:], o.closes[:])
 	addAll(m.drops[:], o.drops[:])
+	addAll(m.tlsHandshakes[:], o.tlsHandshakes[:])
 }
 
 func addAll(to, from []uint64) {
@@ -232,6 +235,13 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	}
 	for i, v := range m.authentications {
 		count("authentications", "Tokens of upgrades, connects and renewals, by outcome.", v, "outcome", authOutcomeNames[i])
+	}
+	if s.tls != nil {
+		m.panics += s.tls.panics.Load()
+		gauge("tls_handshakes_pending", "TLS handshakes under way.", int(s.tls.pending.Load()))
+		for i, v := range m.tlsHandshakes {
+			count("tls_handshakes", "TLS handshakes, by version or by what became of them.", v, "result", tlsResultNames[i])
+		}
 	}
 	count("connects", "Sessions opened.", m.connects)
 	count("received_bytes", "Bytes from clients.", m.bytesIn)

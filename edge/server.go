@@ -56,11 +56,14 @@ type Config struct {
 	Mailbox      Mailbox
 	Registrar    Registrar
 
+	Certificate CertificateSource // TLS is spoken; nil: it is not
+
 	Logger     *slog.Logger      // nil: slog.Default
 	CrashPoint func(name string) // called at "after_parse" and "after_push"; nil: nothing
 
-	now         func() time.Time
-	sweepSlices uint32
+	now           func() time.Time
+	sweepSlices   uint32
+	tlsHandshakes int // 0: maxTLSHandshakes
 }
 
 // validate fills defaults.
@@ -104,6 +107,7 @@ func (c *Config) validate() error {
 		c.now = time.Now
 	}
 	c.sweepSlices = cmp.Or(c.sweepSlices, ticksPerSecond)
+	c.tlsHandshakes = cmp.Or(c.tlsHandshakes, maxTLSHandshakes)
 	return nil
 }
 
@@ -141,6 +145,7 @@ type Server struct {
 	renewBefore                                   time.Duration
 
 	verifiers   *verifiers
+	tls         *tlsServer // nil: sockets are plain
 	published   []published
 	connections atomic.Int64
 	late        atomic.Int64  // of these, accepted after Drain had begun: they get 503, or are silent
@@ -176,6 +181,12 @@ func New(cfg Config) (*Server, error) {
 		done:              make(chan error, 1),
 	}
 	s.verifiers = newVerifiers(s)
+	if cfg.Certificate != nil {
+		s.tls = newTLSServer(&cfg)
+		if _, err := usableTLSFields(); err != nil {
+			cfg.Logger.Warn("TLS connections keep their input buffers: each takes some KiB more", "error", err.Error())
+		}
+	}
 	s.spreadMs.Store(1000)
 	for i := range cfg.Loops {
 		s.loops = append(s.loops, newLoop(s, i))
@@ -305,6 +316,16 @@ func (s *Server) verified(q *claim) {
 		return l.inbox.put(func(b *inboxBatch) {
 			b.verified = append(b.verified, q)
 			b.note(inboxVerified, 1)
+		})
+	})
+}
+
+// handshaken makes a loop look at a TLS handshake.
+func (s *Server) handshaken(conn uint64) {
+	s.deliverOne(protocol.Session{Edge: s.cfg.EdgeID, Conn: conn}, func(l *loop) (bool, bool) {
+		return l.inbox.put(func(b *inboxBatch) {
+			b.handshaken = append(b.handshaken, conn)
+			b.note(inboxHandshaken, 1)
 		})
 	})
 }
