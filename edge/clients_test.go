@@ -3,6 +3,8 @@ package edge
 import (
 	"bytes"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -476,4 +478,39 @@ func TestStartPage(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestTokenIsNotReadFromTheAddress: addresses end in logs, so a token in one is nobody's token; and a subprotocol is none either.
+func TestTokenIsNotReadFromTheAddress(t *testing.T) {
+	for _, target := range []string{"/ws?token=alice", "/ws?access_token=alice", "/ws?authorization=Bearer%20alice&device=phone"} {
+		b := newBench(t, nil)
+		s := b.accept()
+		s.receive([]byte(lines("GET "+target+" HTTP/1.1", "Host: x", wsFields)))
+		s.wantsStatus(101)
+		if s.conn.state != stateConnect || len(b.asked) != 0 {
+			t.Errorf("%s: state %d", target, s.conn.state)
+		}
+	}
+	b := newBench(t, nil)
+	s := b.accept()
+	s.receive([]byte(lines("GET /ws HTTP/1.1", "Host: x", wsFields, "Sec-WebSocket-Protocol: bearer.alice")))
+	s.wantsStatus(400)
+}
+
+// TestHalfRequestThenEnd: a client that ends its side within a request, or behind an upgrade, is gone at once.
+func TestHalfRequestThenEnd(t *testing.T) {
+	s, _ := serve(t, nil)
+	for _, sent := range []string{"", "GET /ws HT", upgradeText("", "")[:80], upgradeText("", ""), upgradeText("", "") + "\x81"} {
+		conn := dialTCP(t, s).(*net.TCPConn)
+		if _, err := conn.Write([]byte(sent)); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if answer, err := io.ReadAll(conn); err != nil || len(answer) > 0 && !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) {
+			t.Errorf("%.20q: %q %v", sent, answer, err)
+		}
+	}
+	eventually(t, "every connection to be gone", func() bool { return s.connections.Load() == 0 })
 }
