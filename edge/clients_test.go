@@ -298,6 +298,8 @@ func TestRefusedRequests(t *testing.T) {
 
 		// HTTP, but no WebSocket.
 		{"POST", lines("POST /ws HTTP/1.1", "Host: x"), 405, "GET"},
+		{"POST with a body", lines("POST /ws HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 2") + "{}", 405, "GET"},
+		{"PUT with chunks", lines("PUT / HTTP/1.1", "Host: x", "Transfer-Encoding: chunked") + "0\r\n\r\n", 405, "GET"},
 		{"HEAD", lines("HEAD / HTTP/1.1", "Host: x"), 405, "GET"},
 		{"OPTIONS", lines("OPTIONS /ws HTTP/1.1", "Host: x"), 405, "GET"},
 		{"a method of one's own", lines("BREW /ws HTTP/1.1", "Host: x"), 405, "GET"},

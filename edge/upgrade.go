@@ -103,11 +103,11 @@ func parseUpgrade(b []byte, origins []origin) (r upgradeRequest, e httpError) {
 	if h.hosts != 1 {
 		return r, httpError{400, "exactly one Host is required"}
 	}
-	if h.bodyBytes || h.transfers {
-		return r, httpError{400, "a request with a body cannot be upgraded"}
-	}
 	if string(method) != "GET" {
 		return r, httpError{405, "only GET is allowed"}
+	}
+	if h.bodyBytes || h.transfers {
+		return r, httpError{400, "a request with a body cannot be upgraded"}
 	}
 	path, query, _ := bytes.Cut(target, []byte{'?'})
 	r.echo = isEchoPath(path)
