@@ -53,6 +53,7 @@ const (
 	flagLate                             // accepted after Drain had begun
 	flagRenewing                         // the token of a renew is being verified
 	flagEcho                             // of a test build, see echo.go
+	flagProxy                            // from a proxy, whose header is still to come
 )
 
 // conn is one connection, in a slab of its loop and touched by nothing but that loop. An idle connection owns
@@ -66,7 +67,9 @@ type conn struct {
 
 	slot     uint32
 	serial   uint32
-	nextFree uint32 // of the slab, while free
+	nextFree uint32 // of the slab, while free; of strangers, until authenticated
+	account  uint32 // of the user in limits.users, 0: none; of strangers, until authenticated
+	address  uint32 // of the client in limits.addresses, 0: not limited
 	block    uint32 // of numbers, drawn at registration
 	top      uint32 // Uplink.Top, while there is no Uplink
 	heard    uint32 // the tick of the last byte
@@ -108,7 +111,8 @@ type work struct {
 	scan     headScan
 	early    *bytebufferpool.ByteBuffer // what came behind the upgrade request, in stateUpgradeToken
 	up       Uplink
-	upActive bool // up was started
+	upActive bool     // up was started
+	account  *account // of the user, with up
 	full     FullReceivers
 
 	receipts []protocol.ReceiptPush
@@ -135,6 +139,7 @@ func (l *loop) uplink(c *conn) *Uplink {
 	w := l.borrow(c)
 	if !w.upActive {
 		w.up.Resume(c.block, c.top)
+		w.account = l.account(c)
 		w.upActive = true
 	}
 	return &w.up
@@ -224,6 +229,9 @@ const maxBadFrames = 16
 func (l *loop) register(c *conn, claims token.Claims, device []byte, epoch uint64, receiptsAfter int64) {
 	if len(device) == 0 {
 		device = append(l.scratch[:0], protocol.DefaultDevice...)
+	}
+	if !l.enterUser(c, claims.User) {
+		return
 	}
 	c.names = l.names.add(claims.User, device)
 	c.expires = l.expiry(claims)

@@ -7,7 +7,9 @@
 //	server.go            configuration, start and end, and the calls that come from other goroutines
 //	engine.go            gnet, and nothing else knows it
 //	tls.go               TLS on the loop; tls_handshake.go before it, tls_buffers.go for what idle connections need not keep
+//	limits.go            how many connections, of whom; limits_state.go remembers
 //	loop.go              bytes arrive; a turn of the loop
+//	proxy.go             the PROXY protocol header, from proxies
 //	upgrade.go origin.go the HTTP request that starts a WebSocket
 //	websocket.go         bytes to messages (RFC 6455)
 //	conn.go              what a connection may do when
@@ -24,9 +26,13 @@
 //
 // # What is bounded, and by what
 //
-//	connections               MaxConnections, exactly, in OnOpen
+//	connections               MaxConnections, exactly, in OnOpen; of the last 5 % none by those who do not authenticate
+//	connections of a client   Config.Address, Loopback; of a user: Config.User
+//	sends of a user           Config.Rate, over all connections
+//	accounts of both          MaxConnections + maxIdleAccounts, and a margin
 //	a TLS handshake           maxTLSHandshakeBytes, AuthenticateSeconds
 //	all of them               maxTLSHandshakes, maxTLSWorkers
+//	a PROXY protocol header   maxProxyBytes, AuthenticateSeconds; MaxProxyNetworks
 //	an upgrade request        maxHeadBytes, maxHeadLines, AuthenticateSeconds
 //	tokens to be verified     maxWaitingTokens, a share for each loop, one for each connection; AuthenticateSeconds
 //	renewals                  renewTicks

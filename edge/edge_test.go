@@ -403,13 +403,16 @@ func TestSlowReaderOverSockets(t *testing.T) {
 	})
 }
 
+// TestConnectionLimitIsExact: whoever has authenticated keeps the place. Others make room, see TestSilentConnectionsKeepNobodyOut.
 func TestConnectionLimitIsExact(t *testing.T) {
 	s, _ := serve(t, func(c *Config) { c.MaxConnections = 16 })
-	var kept []net.Conn
-	for range 16 {
-		kept = append(kept, dialTCP(t, s))
+	var kept []*client
+	for i := range 16 {
+		kept = append(kept, login(t, s, protocol.SubprotocolBinary, fmt.Sprint("user", i), "phone"))
 	}
-	eventually(t, "16 connections", func() bool { return metric(s, "connections") == 16 })
+	if n := metric(s, "connections"); n != 16 {
+		t.Fatalf("%v connections", n)
+	}
 	for range 5 {
 		conn := dialTCP(t, s)
 		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -420,9 +423,10 @@ func TestConnectionLimitIsExact(t *testing.T) {
 	if n := metric(s, "connections"); n != 16 {
 		t.Fatalf("%v connections", n)
 	}
-	kept[3].Close()
+	kept[3].conn.Close()
 	eventually(t, "a place", func() bool { return metric(s, "connections") == 15 })
 	login(t, s, protocol.SubprotocolBinary, "alice", "phone")
+	eventually(t, "the refusals to be counted", func() bool { return metric(s, "limited_total", "limit", "connections") == 5 })
 }
 
 func TestDrainAndStop(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -155,32 +156,21 @@ func (e *engine) OnTick() (time.Duration, gnet.Action) {
 	return tickMillis * time.Millisecond, gnet.None
 }
 
-// OnOpen takes in a connection, or refuses it when there are as many as descriptors allow.
+// OnOpen takes in a connection, or refuses it when a limit says so.
 func (e *engine) OnOpen(c gnet.Conn) (out []byte, action gnet.Action) {
-	s := e.server
-	if s.connections.Add(1) > int64(s.cfg.MaxConnections) {
-		s.connections.Add(-1)
-		return e.refused(), gnet.Close
-	}
-	opened := e.loopOf(c.EventLoop()).open(c)
+	opened, refusal := e.loopOf(c.EventLoop()).accept(c, remote(c))
 	if opened == nil {
-		s.connections.Add(-1)
-		return e.refused(), gnet.Close
+		return refusal, gnet.Close
 	}
 	c.SetContext(opened)
 	return nil, gnet.None
 }
 
-// refused is what a connection hears that is too much: over TLS nothing, since that would take a handshake.
-func (e *engine) refused() []byte {
-	e.server.full.Add(1)
-	if e.server.tls != nil {
-		return nil
-	}
-	return serverFull
+// remote is the peer's address, invalid when it is none of IP.
+func remote(c gnet.Conn) netip.Addr {
+	a, _ := c.RemoteAddr().(*net.TCPAddr)
+	return a.AddrPort().Addr() // of nil, too
 }
-
-var serverFull = appendRefused(nil, httpError{503, "the server has as many connections as it can"}, 5)
 
 // loopOf finds the loop of a gnet loop. They meet at the first connection: gnet shows its loops nowhere else.
 func (e *engine) loopOf(handle gnet.EventLoop) *loop {

@@ -43,10 +43,11 @@ type loop struct {
 	driver driver
 	index  uint8
 
-	slots    slab
-	names    nameArena
-	sessions int      // open ones
-	tls      *tlsTurn // nil: sockets are plain
+	slots     slab
+	names     nameArena
+	sessions  int // open ones
+	strangers strangers
+	tls       *tlsTurn // nil: sockets are plain
 
 	// This turn.
 	turning bool
@@ -186,6 +187,7 @@ func (l *loop) open(s socket) *conn {
 	c.epoch = l.server.accepted.Add(1) // until it is registered; see register
 	c.heard = l.tick
 	c.deadline = l.tick + l.server.authenticateTicks
+	l.strangers.add(&l.slots, c)
 	if l.server.draining.Load() {
 		c.flags |= flagLate
 		l.server.late.Add(1)
@@ -202,7 +204,12 @@ func (l *loop) open(s socket) *conn {
 func (l *loop) traffic(c *conn, data []byte) (hangUp bool) {
 	l.begin()
 	l.current, l.hangUp = c, false
-	l.receive(c, data)
+	if c.has(flagProxy) {
+		data = l.tryReadProxy(c, data)
+	}
+	if len(data) > 0 {
+		l.receive(c, data)
+	}
 	l.end()
 	if !l.hangUp && c.state != stateFree && c.state != stateGone {
 		l.relax(c)
@@ -430,6 +437,7 @@ func (l *loop) free(c *conn) {
 	if c.has(flagLate) {
 		l.server.late.Add(-1)
 	}
+	l.leaveLimits(c)
 	l.trySettle()
 	l.names.remove(c.names)
 	l.slots.put(c)

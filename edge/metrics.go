@@ -35,6 +35,7 @@ type counters struct {
 	closes              [closeReasons]uint64
 	drops               [dropReasons]uint64
 	tlsHandshakes       [tlsResults]uint64
+	limited             [limitKinds]uint64
 }
 
 // published is where a loop leaves its counters for others.
@@ -87,6 +88,8 @@ const (
 	closeUnverified // nobody could tell whether the token is good
 	closeRevoked    // an operator wanted it
 	closeTLS        // the peer did not keep to it, or to a limit of it
+	closeLimited    // the user has too many connections, or logs in too often
+	closeNoRoom     // had not authenticated when room was needed
 	closePanic
 	closeReasons
 )
@@ -95,7 +98,7 @@ var closeReasonNames = [closeReasons]string{
 	"unknown", "disconnected", "client", "handshake", "authentication_timeout", "unauthorized", "not_connected", "too_many_devices",
 	"registration", "session_replaced", "token_expired", "protocol_error", "unsupported", "invalid_utf8", "too_big",
 	"frame_timeout", "heartbeat", "slow", "flooding", "going_away",
-	"unverified", "revoked", "tls", "internal",
+	"unverified", "revoked", "tls", "limited", "no_room", "internal",
 }
 
 func violationReason(code protocol.CloseCode) closeReason {
@@ -144,6 +147,7 @@ const (
 	handshake404
 	handshake405
 	handshake426
+	handshake429
 	handshake431
 	handshake503
 	handshakeTimeout
@@ -151,7 +155,7 @@ const (
 )
 
 var handshakeNames = [handshakeResults]string{
-	"101", "200", "400", "401", "403", "404", "405", "426", "431", "503", "timeout",
+	"101", "200", "400", "401", "403", "404", "405", "426", "429", "431", "503", "timeout",
 }
 
 func handshakeResult(status int) int {
@@ -193,6 +197,7 @@ func (m *counters) add(o *counters) {
 	addAll(m.closes[:], o.closes[:])
 	addAll(m.drops[:], o.drops[:])
 	addAll(m.tlsHandshakes[:], o.tlsHandshakes[:])
+	addAll(m.limited[:], o.limited[:])
 }
 
 func addAll(to, from []uint64) {
@@ -217,7 +222,9 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 		m.drops[dropPageInbox] += drops.pages
 		m.drops[dropReceiptInbox] += drops.receipts
 	}
-	gauge := func(name, help string, v int) { emit("millrace_edge_"+name, help, false, float64(v)) }
+	gauge := func(name, help string, v int, labels ...string) {
+		emit("millrace_edge_"+name, help, false, float64(v), labels...)
+	}
 	gauge("connections", "Open TCP connections.", int(s.connections.Load()))
 	gauge("connections_max", "Connections that are accepted at most.", s.cfg.MaxConnections)
 	gauge("sessions", "Connections to which connected was sent.", sessions)
@@ -229,7 +236,6 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	count := func(name, help string, v uint64, labels ...string) {
 		emit("millrace_edge_"+name+"_total", help, true, float64(v), labels...)
 	}
-	m.handshakes[handshake503] += s.full.Load()
 	for i, v := range m.handshakes {
 		count("handshakes", "Upgrade requests by HTTP status.", v, "result", handshakeNames[i])
 	}
@@ -278,5 +284,10 @@ func (s *Server) Metrics(emit func(name, help string, counter bool, value float6
 	for i, v := range m.drops {
 		count("drops", "What was not passed on, by reason.", v, "reason", dropReasonNames[i])
 	}
+	for i, v := range m.limited {
+		count("limited", "Connections and logins refused, and connections closed, because of a limit.", v, "limit", limitNames[i])
+	}
+	gauge("accounts", "Addresses and users whose connections and rates are remembered.", s.limits.addresses.size(), "of", "addresses")
+	gauge("accounts", "Addresses and users whose connections and rates are remembered.", s.limits.users.size(), "of", "users")
 	count("strays", "Items for another edge, or for a loop that has ended.", s.strays.Load())
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"runtime"
 	"sync/atomic"
 	"syscall"
@@ -41,8 +42,12 @@ type Config struct {
 	Loops          int       // event loops, at most 256; 0: GOMAXPROCS
 	MaxConnections int       // 0: the descriptor limit − 512
 	Origins        []string  // scheme://host[:port] that may connect besides same-origin
-	Rate           RateLimit // of sends per connection; the zero value sets none
-	EdgeID         uint32    // of sessions; not used twice within the life of a router
+	Rate           RateLimit // of sends per user, over all connections; the zero value sets none
+	User           UserLimit
+	Address        AddressLimit   // of clients on other machines
+	Loopback       AddressLimit   // of clients on this machine
+	ProxyNetworks  []netip.Prefix // whose connections must begin with a PROXY protocol header
+	EdgeID         uint32         // of sessions; not used twice within the life of a router
 
 	// Seconds; 0 is the protocol's.
 	HeartbeatSeconds    int
@@ -64,6 +69,7 @@ type Config struct {
 	now           func() time.Time
 	sweepSlices   uint32
 	tlsHandshakes int // 0: maxTLSHandshakes
+	proxies       networks
 }
 
 // validate fills defaults.
@@ -80,8 +86,8 @@ func (c *Config) validate() error {
 	if err := c.validateConnections(); err != nil {
 		return err
 	}
-	if c.Rate.PerSecond < 0 || c.Rate.on() && c.Rate.Burst < 1 {
-		return fmt.Errorf("rate: %v a second in bursts of %d makes no sense", c.Rate.PerSecond, c.Rate.Burst)
+	if err := c.validateLimits(); err != nil {
+		return err
 	}
 	for _, s := range [...]struct {
 		name    string
@@ -146,11 +152,11 @@ type Server struct {
 
 	verifiers   *verifiers
 	tls         *tlsServer // nil: sockets are plain
+	limits      *limits
 	published   []published
 	connections atomic.Int64
 	late        atomic.Int64  // of these, accepted after Drain had begun: they get 503, or are silent
 	accepted    atomic.Uint64 // connections so far: orders logins
-	full        atomic.Uint64 // connections refused because there were MaxConnections
 	strays      atomic.Uint64
 	draining    atomic.Bool
 	spreadMs    atomic.Int64
@@ -187,6 +193,7 @@ func New(cfg Config) (*Server, error) {
 			cfg.Logger.Warn("TLS connections keep their input buffers: each takes some KiB more", "error", err.Error())
 		}
 	}
+	s.limits = newLimits(&s.cfg)
 	s.spreadMs.Store(1000)
 	for i := range cfg.Loops {
 		s.loops = append(s.loops, newLoop(s, i))

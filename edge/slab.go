@@ -7,7 +7,7 @@ import "encoding/binary"
 
 const (
 	slotBits  = 24
-	slotChunk = 256 // slots: 27 KiB
+	slotChunk = 256 // slots: 30 KiB
 	maxSlots  = 1 << slotBits
 )
 

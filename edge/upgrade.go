@@ -385,7 +385,7 @@ func appendRefused(dst []byte, e httpError, retryAfterSeconds int) []byte {
 		dst = append(dst, "\r\nAllow: GET"...)
 	case 426:
 		dst = append(dst, "\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"...)
-	case 503:
+	case 429, 503:
 		dst = append(dst, "\r\nRetry-After: "...)
 		dst = strconv.AppendInt(dst, int64(retryAfterSeconds), 10)
 	}
@@ -411,6 +411,8 @@ func statusText(status int) string {
 		return "Method Not Allowed"
 	case 426:
 		return "Upgrade Required"
+	case 429:
+		return "Too Many Requests"
 	case 431:
 		return "Request Header Fields Too Large"
 	case 503:

@@ -19,7 +19,7 @@ func (l *loop) send(c *conn, f *protocol.Frame) {
 		return
 	}
 	up := l.uplink(c)
-	switch verdict, r, resendFrom := up.Offer(f.Seq, l.nowMs, &l.server.cfg.Rate); verdict {
+	switch verdict, r, resendFrom := l.offerRated(c.work, f.Seq); verdict {
 	case Ignore:
 		l.m.retries++
 	case Refuse:

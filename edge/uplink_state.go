@@ -278,7 +278,7 @@ const (
 	floodFactor  = 10
 )
 
-// RateLimit is how many sends a connection may make. The zero value sets no limit.
+// RateLimit is how often something may be done: PerSecond in the long run, after a silence Burst at once. The zero value sets no limit.
 type RateLimit struct {
 	PerSecond float64
 	Burst     int // at least 1
@@ -293,7 +293,7 @@ type tokenBucket struct{ arrivalMicros int64 }
 // take takes one token, or returns after how many milliseconds (≥ 1) there will be one.
 func (b *tokenBucket) take(nowMs int64, l *RateLimit) (waitMs int64) {
 	now := nowMs * 1000
-	interval := int64(1e6 / l.PerSecond)
+	interval := l.intervalMicros()
 	arrival := max(b.arrivalMicros, now)
 	if early := arrival - now - interval*int64(l.Burst-1); early > 0 {
 		return (early + 999) / 1000

@@ -100,6 +100,7 @@
 //	404  a path other than /ws           405  a method other than GET          do not repeat
 //	     (405 goes before 404, 403 before 401; GET / is answered by a page for people)
 //	426  not a WebSocket upgrade of version 13                                 do not repeat
+//	429  the client's address has or makes too many connections (§14)          again after Retry-After (seconds)
 //	431  over 8 KiB, 64 lines, or a request line over 4 KiB                    do not repeat
 //	503  the server is going away, full, or cannot verify a token for now      again after Retry-After (seconds)
 //
@@ -457,12 +458,21 @@
 //	unacknowledged pushes                256
 //	nesting of ignored JSON              32
 //	messages waiting for a device        100 000, for a year each
-//	sends                                20 a second, bursts of 100, unless configured
+//	sends of a user                      20 a second, bursts of 100, unless configured
+//	logins of a user                     2 a second, bursts of 20, unless configured
+//	connections of a user                16, unless configured
+//	connections of a client address      1000, and 100 more a second in bursts of 200, unless configured
 //	renew                                one at a time, one a second
 //	upgrade request                      8 KiB, 64 lines, request line 4 KiB
 //	from accept to a valid connect       5 s
 //	from first to last byte of a message 30 s
 //	acknowledgement of a push            10 s, then the message waits in the mailbox
+//
+// What a user has counts on all devices and connections together, one after the other too: a new connection does not begin with a new burst. A login
+// above these limits gets rate_limited, and close 1013. An address is one of IPv4 or a /64 of IPv6; connections above
+// its limits are answered with 429, or just closed, before anything is read. In a cluster each edge counts for itself.
+//
+// When the server is nearly full it closes the connections that have been there the longest without authenticating.
 //
 // # 15 Error codes
 //
@@ -494,7 +504,8 @@
 //
 // With retry_after_ms; about a send, its number stays open:
 //
-//	32  rate_limited       over the rate of sends, or a renew too soon after another (§12)
+//	32  rate_limited       over the rate of sends, or a renew too soon after another (§12). On
+//	                       connect: too many connections or logins of this user; close 1013
 //	33  overloaded         the server is behind. On connect: close 1013
 //	34  store_full         the server's disk is nearly full
 //	35  shutting_down      the server, or this connection's block of numbers, is coming to its end
