@@ -26,8 +26,14 @@ type Config struct {
 type EdgeConfig struct {
 	Addr         string   // host:port of the WebSocket listener; port 0 takes a free one
 	Origins      []string // web origins allowed besides the server's own
-	MessageRate  int      // messages a second that one connection may send; 0: no limit
-	MessageBurst int      // messages that one connection may send at once
+	MessageRate  int      // messages a second that one user may send; 0: no limit
+	MessageBurst int      // messages that one user may send at once
+
+	AddressConnections int            // that one client address may have; 0: no limit, limitAuto: see autoAddressLimit
+	AddressHandshakes  int            // that one client address may make in a second; the same
+	UserConnections    int            // that one user may have; 0: no limit
+	UserLogins         int            // that one user may make in a second; 0: no limit
+	ProxyNetworks      []netip.Prefix // from where connections begin with a PROXY protocol header
 
 	// MaxConnections is not a setting: it follows from the descriptor limit. 0 lets validate compute it.
 	MaxConnections int
@@ -68,8 +74,38 @@ type LogConfig struct {
 const (
 	maxMessageRate  = 1_000_000
 	maxMessageBurst = 1_000_000
+	maxLimit        = 1_000_000
 	minFreeFloor    = 1 << 20 // 1 MiB: less cannot hold even the batch being written
 )
+
+// limitAuto leaves a limit of an address to autoAddressLimit.
+const limitAuto = -1
+
+// autoAddressLimit is what an office behind one address needs, also when all of it comes back at once. This machine, where a proxy
+// may be what connects, or a load test, is not limited unless somebody says so.
+var autoAddressLimit = edge.AddressLimit{Connections: 1000, PerSecond: 100}
+
+// loginBurstSeconds is for how many seconds' worth of logins a user can come at once: with the default all devices, twice.
+const loginBurstSeconds = 10
+
+// addressLimits are those of clients on other machines and on this one.
+func (c *EdgeConfig) addressLimits() (remote, loopback edge.AddressLimit) {
+	remote = autoAddressLimit
+	if n := c.AddressConnections; n != limitAuto {
+		remote.Connections, loopback.Connections = n, n
+	}
+	if n := c.AddressHandshakes; n != limitAuto {
+		remote.PerSecond, loopback.PerSecond = n, n
+	}
+	return remote, loopback
+}
+
+func (c *EdgeConfig) userLimit() edge.UserLimit {
+	return edge.UserLimit{
+		Connections: c.UserConnections,
+		Logins:      edge.RateLimit{PerSecond: float64(c.UserLogins), Burst: loginBurstSeconds * c.UserLogins},
+	}
+}
 
 // defaultConfig is what a server without any configuration runs with.
 func defaultConfig() Config {
@@ -83,8 +119,8 @@ func defaultConfig() Config {
 	return c
 }
 
-// validate fills what is empty with its default and says everything that is wrong at once. A rate
-// of 0 is a choice (no limit) and stays.
+// validate fills what is empty with its default and says everything that is wrong at once. A rate or
+// limit of 0 is a choice (no limit) and stays.
 func (c *Config) validate() error {
 	c.fillDefaults()
 	var problems []error

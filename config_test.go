@@ -3,6 +3,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -48,7 +49,8 @@ func TestValidateFillsWhatIsEmpty(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := defaultConfig()
-	want.Edge.MessageRate = 0 // no limit is a choice, not a gap
+	// No limit is a choice, not a gap.
+	want.Edge.MessageRate, want.Edge.AddressConnections, want.Edge.AddressHandshakes, want.Edge.UserConnections, want.Edge.UserLogins = 0, 0, 0, 0, 0
 	want.Edge.MaxConnections = c.Edge.MaxConnections
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -76,6 +78,10 @@ func TestValidateRefuses(t *testing.T) {
 		{"no port", func(c *Config) { c.Edge.Addr = "127.0.0.1" }, "expected host:port"},
 		{"port out of range", func(c *Config) { c.Admin.Addr = "127.0.0.1:65536" }, "0 to 65535"},
 		{"negative rate", func(c *Config) { c.Edge.MessageRate = -1 }, "0 to 1000000"},
+		{"negative limit", func(c *Config) { c.Edge.AddressConnections = -2 }, "0 to 1000000, or auto"},
+		{"negative logins", func(c *Config) { c.Edge.UserLogins = -1 }, "0 to 1000000"},
+		{"proxies", func(c *Config) { c.Edge.ProxyNetworks = []netip.Prefix{netip.MustParsePrefix("10.1.2.3/8")} }, ""},
+		{"a network that is none", func(c *Config) { c.Edge.ProxyNetworks = make([]netip.Prefix, 1) }, "not a network"},
 		{"little free space", func(c *Config) { c.Data.MinFreeBytes = 1000 }, "at least 1MiB"},
 		{"origin with a path", func(c *Config) { c.Edge.Origins = []string{"https://a.example/x"} }, "not a web origin"},
 		{"unknown level", func(c *Config) { c.Log.Level = "warning" }, "not one of debug, info, warn, error"},
@@ -155,6 +161,8 @@ func TestFileErrorsHaveLineAndColumn(t *testing.T) {
 		{"nothing near", "[edge]\nzebra = 1", "2:1: unknown key edge.zebra"},
 		{"string for a number", "[edge]\nmessage-rate = \"20\"", "2:16: edge.message-rate is a string: expected an integer (N)"},
 		{"number for a string", "[data]\nmin-free = 1_000_000", "2:12: data.min-free is an integer: expected a string (SIZE)"},
+		{"word for a limit", "[edge]\naddress-connections = \"many\"", `2:23: edge.address-connections: "many" is not a number from 0 to 1000000, or auto`},
+		{"network", "[edge]\nproxy-networks = ['10.0.0.0/33']", `2:1: edge.proxy-networks: "10.0.0.0/33" is not a network`},
 		{"boolean", "[log]\nlevel = true", "2:1: log.level is a boolean: expected a string (LEVEL)"},
 		{"list of numbers", "[edge]\norigins = [1]", "2:1: edge.origins is a list of other things: expected a list of strings (ORIGIN,...)"},
 		{"section as a value", "edge = 1", "1:1: unknown key edge"},
@@ -276,6 +284,48 @@ func TestSizes(t *testing.T) {
 		if err := new(sizeValue).set(text); err == nil {
 			t.Errorf("%q is accepted", text)
 		}
+	}
+}
+
+func TestAddressLimits(t *testing.T) {
+	auto, none := autoAddressLimit, edge.AddressLimit{}
+	for _, c := range []struct {
+		connections, handshakes string
+		remote, loopback        edge.AddressLimit
+	}{
+		{"auto", "auto", auto, none},
+		{"0", "auto", edge.AddressLimit{PerSecond: 100}, none},
+		{"1000", "auto", auto, edge.AddressLimit{Connections: 1000}},
+		{"7", "8", edge.AddressLimit{Connections: 7, PerSecond: 8}, edge.AddressLimit{Connections: 7, PerSecond: 8}},
+		{"auto", "0", edge.AddressLimit{Connections: 1000}, none},
+	} {
+		cfg, err := loadConfig(map[string]string{"edge-address-connections": c.connections, "edge-address-handshakes": c.handshakes}, "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if remote, loopback := cfg.Edge.addressLimits(); remote != c.remote || loopback != c.loopback {
+			t.Errorf("%s and %s: %+v, this machine %+v", c.connections, c.handshakes, remote, loopback)
+		}
+	}
+}
+
+func TestNetworks(t *testing.T) {
+	var v networksValue
+	if err := v.set(" 10.1.2.3/8, 192.0.2.1 ,2001:db8::1/32,::1"); err != nil || v.text() != "10.0.0.0/8,192.0.2.1/32,2001:db8::/32,::1/128" ||
+		v.toml() != `["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32", "::1/128"]` {
+		t.Error(v.text(), v.toml(), err)
+	}
+	for _, text := range []string{"10.0.0.0/33", "10.0.0/8", "fe80::1%eth0", "::ffff:10.0.0.0/104", "localhost", "10.0.0.1:80", "*",
+		strings.Repeat("::1,", edge.MaxProxyNetworks+1)} {
+		if err := v.set(text); err == nil {
+			t.Errorf("%q is accepted", text)
+		}
+	}
+	if v.text() != "10.0.0.0/8,192.0.2.1/32,2001:db8::/32,::1/128" {
+		t.Error("a wrong value has changed it")
+	}
+	if err := v.set(""); err != nil || v != nil {
+		t.Error(v, err)
 	}
 }
 

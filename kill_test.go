@@ -387,7 +387,7 @@ func freeFixedAddr(t testing.TB) string {
 func (s *victim) start(crash string) (early bool) {
 	s.t.Helper()
 	s.process = exec.Command(s.path, "serve", "--edge-addr", s.addr, "--admin-addr", "127.0.0.1:0", "--edge-message-rate", "0",
-		"--data-dir", s.config.Data.Dir, "--log-format", "text")
+		"--edge-user-logins", "0", "--data-dir", s.config.Data.Dir, "--log-format", "text")
 	s.process.Env = append(os.Environ(), "MILLRACE_CRASH="+crash)
 	said, err := s.process.StderrPipe()
 	if err != nil {

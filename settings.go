@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
+
+	"millrace/edge"
 )
 
 // setting is one line of the table below: how a field of Config is called, read, checked, shown and
@@ -24,10 +27,20 @@ var settings = []setting{
 		func(c *Config) value { return (*addressValue)(&c.Edge.Addr) }},
 	{"edge", "origins", "ORIGIN,...", "", "web origins whose pages may connect, besides the server's own",
 		func(c *Config) value { return (*originsValue)(&c.Edge.Origins) }},
-	{"edge", "message-rate", "N", "20", "messages a second that one connection may send; 0 for no limit",
+	{"edge", "message-rate", "N", "20", "messages a second that one user may send, over all connections; 0 for no limit",
 		func(c *Config) value { return countValue{&c.Edge.MessageRate, 0, maxMessageRate} }},
-	{"edge", "message-burst", "N", "100", "messages that one connection may send at once before the rate applies",
+	{"edge", "message-burst", "N", "100", "messages that one user may send at once before the rate applies",
 		func(c *Config) value { return countValue{&c.Edge.MessageBurst, 1, maxMessageBurst} }},
+	{"edge", "address-connections", "N", "auto", "connections that one client address (IPv6: one /64) may have; 0 for no limit; auto is 1000, and no limit for this machine",
+		func(c *Config) value { return limitValue{&c.Edge.AddressConnections} }},
+	{"edge", "address-handshakes", "N", "auto", "connections a second that one client address may make, twice as many at once; 0 for no limit; auto is 100, and no limit for this machine",
+		func(c *Config) value { return limitValue{&c.Edge.AddressHandshakes} }},
+	{"edge", "user-connections", "N", "16", "connections that one user may have, all devices together; 0 for no limit",
+		func(c *Config) value { return countValue{&c.Edge.UserConnections, 0, maxLimit} }},
+	{"edge", "user-logins", "N", "2", "logins a second of one user, ten times as many at once; 0 for no limit",
+		func(c *Config) value { return countValue{&c.Edge.UserLogins, 0, maxLimit} }},
+	{"edge", "proxy-networks", "CIDR,...", "", "networks of proxies: connections from there must begin with a PROXY protocol header (version 1 or 2), which names the client",
+		func(c *Config) value { return (*networksValue)(&c.Edge.ProxyNetworks) }},
 	{"admin", "addr", "HOST:PORT", "127.0.0.1:8082", "address of /metrics, /livez, /readyz and pprof; keep it private",
 		func(c *Config) value { return (*addressValue)(&c.Admin.Addr) }},
 	{"data", "dir", "DIR", "data", "directory of the database, made if missing; one server at a time",
@@ -178,6 +191,84 @@ func (v countValue) set(text string) error {
 func (v countValue) text() string      { return strconv.Itoa(*v.field) }
 func (v countValue) toml() string      { return v.text() }
 func (countValue) accepts() []tomlType { return []tomlType{tomlInteger} }
+
+// limitValue is a count up to maxLimit; limitAuto is written auto.
+type limitValue struct{ field *int }
+
+func (v limitValue) set(text string) error {
+	if text == "auto" {
+		*v.field = limitAuto
+		return nil
+	}
+	if err := (countValue{v.field, 0, maxLimit}).set(text); err != nil {
+		return fmt.Errorf("%w, or auto", err)
+	}
+	return nil
+}
+
+func (v limitValue) text() string {
+	if *v.field == limitAuto {
+		return "auto"
+	}
+	return strconv.Itoa(*v.field)
+}
+
+func (v limitValue) toml() string {
+	if *v.field == limitAuto {
+		return tomlString("auto")
+	}
+	return v.text()
+}
+func (limitValue) accepts() []tomlType { return []tomlType{tomlInteger, tomlText} }
+
+// networksValue is a listValue of networks.
+type networksValue []netip.Prefix
+
+func (v *networksValue) set(text string) error {
+	var entries listValue
+	if err := entries.set(text); err != nil {
+		return err
+	}
+	if len(entries) > edge.MaxProxyNetworks {
+		return fmt.Errorf("%d networks are more than %d", len(entries), edge.MaxProxyNetworks)
+	}
+	var list []netip.Prefix
+	for _, entry := range entries {
+		p, err := parseNetwork(entry)
+		if err != nil {
+			return err
+		}
+		list = append(list, p)
+	}
+	*v = list
+	return nil
+}
+
+// parseNetwork reads a CIDR prefix, or an address, which is a network of one.
+func parseNetwork(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	if err != nil {
+		var a netip.Addr
+		if a, err = netip.ParseAddr(text); err == nil && a.Zone() == "" {
+			p, err = a.Prefix(a.BitLen())
+		}
+	}
+	if err != nil || !p.IsValid() || p.Addr().Is4In6() {
+		return p, fmt.Errorf("%q is not a network: expected one like 10.0.0.0/8 or 2001:db8::/32, or an address", text)
+	}
+	return p.Masked(), nil
+}
+
+func (v *networksValue) list() *listValue {
+	var list listValue
+	for _, p := range *v {
+		list = append(list, p.String())
+	}
+	return &list
+}
+func (v *networksValue) text() string        { return v.list().text() }
+func (v *networksValue) toml() string        { return v.list().toml() }
+func (v *networksValue) accepts() []tomlType { return v.list().accepts() }
 
 // sizeValue is bytes; 0 is written auto.
 type sizeValue int64

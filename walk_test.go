@@ -57,7 +57,7 @@ func walkConfig(t *testing.T, dir string) Config {
 	t.Helper()
 	cfg := defaultConfig()
 	cfg.Edge.Addr, cfg.Admin.Addr = "127.0.0.1:0", "127.0.0.1:0"
-	cfg.Edge.MessageRate = 0
+	cfg.Edge.MessageRate, cfg.Edge.UserLogins = 0, 0
 	cfg.Data.Dir = dir
 	cfg.Data.MinFreeBytes = minFreeFloor // the figures of this machine's disk are no part of the test
 	if err := cfg.validate(); err != nil {
