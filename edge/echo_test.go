@@ -92,6 +92,17 @@ func TestAutobahnSockets(t *testing.T) {
 	}
 }
 
+// TestAutobahnTLS runs the cases over TLS: every chop is a record of its own.
+func TestAutobahnTLS(t *testing.T) {
+	overTLS = identity().source
+	defer func() { overTLS = nil }()
+	before := connectedOverTLS.Load()
+	TestAutobahnSockets(t)
+	if n := connectedOverTLS.Load() - before; n < 1000 {
+		t.Errorf("only %d connections over TLS", n)
+	}
+}
+
 // TestEchoLimits: what holds for chat connections holds for the echo path, but that it takes 64 KiB and asks for no token.
 func TestEchoLimits(t *testing.T) {
 	b := newBench(t, nil)
