@@ -54,7 +54,7 @@ func (c *chatCommand) Run(p *program) error {
 		if strings.HasSuffix(cfg.Edge.Addr, ":0") {
 			return usageError{errors.New("the server takes a free port: give its address with --url, as the server printed it")}
 		}
-		chat.URL = endpoint(cfg.Edge.Addr)
+		chat.URL = clientURL(cfg.Config, cfg.Edge.Addr)
 	}
 	c.chooseToken(cfg, &chat)
 	if _, err := chat.Token(context.Background()); err != nil {

@@ -35,6 +35,9 @@ type EdgeConfig struct {
 	UserLogins         int            // that one user may make in a second; 0: no limit
 	ProxyNetworks      []netip.Prefix // from where connections begin with a PROXY protocol header
 
+	TLSCert string // file with a chain of certificates, in PEM; empty: no TLS
+	TLSKey  string // file with its private key
+
 	// MaxConnections is not a setting: it follows from the descriptor limit. 0 lets validate compute it.
 	MaxConnections int
 }
@@ -134,6 +137,9 @@ func (c *Config) validate() error {
 	}
 	if c.Edge.Addr == c.Admin.Addr && !strings.HasSuffix(c.Edge.Addr, ":0") {
 		refuse("edge.addr and admin.addr are both %s: choose another port for one of them", c.Edge.Addr)
+	}
+	if (c.Edge.TLSCert == "") != (c.Edge.TLSKey == "") {
+		refuse("edge.tls-cert and edge.tls-key belong together: one of them is missing")
 	}
 	if c.developmentSecret() && !loopback(c.Edge.Addr) {
 		refuse("edge.addr %s is reachable from other machines, but tokens are signed with the development secret of %s.\n%s",

@@ -92,6 +92,9 @@ func (c *configuration) check() error {
 	if err := checkTokens(c.Config); err != nil {
 		return usageError{err}
 	}
+	if err := checkCertificate(c.Config); err != nil {
+		return usageError{err}
+	}
 	return nil
 }
 

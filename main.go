@@ -141,13 +141,14 @@ type serveCommand struct{ configFlags }
 
 // Help is the part of --help after the summary.
 func (serveCommand) Help() string {
-	return `Serves with no configuration at all on 127.0.0.1:8080. SIGTERM or Ctrl-C drains and exits within 10 s; a second one exits at once. SIGHUP reads the keys of tokens again.
+	return `Serves with no configuration at all on 127.0.0.1:8080. SIGTERM or Ctrl-C drains and exits within 10 s; a second one exits at once. SIGHUP reads the keys of tokens and the certificate again.
 
 Examples:
 
     millrace
     millrace serve --edge-addr 127.0.0.1:0 --log-level debug
     millrace serve --edge-addr :8080 --auth-secret-file /etc/millrace/secret
+    millrace serve --edge-addr :443 --edge-tls-cert /etc/millrace/cert.pem --edge-tls-key /etc/millrace/key.pem --auth-secret-file /etc/millrace/secret
     millrace serve --edge-addr :8080 --auth-keys https://id.example.org/jwks.json --auth-issuer https://id.example.org --auth-audience chat
     MILLRACE_DATA_DIR=/var/lib/millrace millrace --config /etc/millrace.toml`
 }

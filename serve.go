@@ -149,7 +149,7 @@ func welcome(w io.Writer, c *configuration, edgeAddr, adminAddr, command string)
   clients  %s
   admin    http://%s  (/metrics /livez /readyz?verbose /debug/pprof/)
   data     %s
-`, endpoint(edgeAddr), adminAddr, c.Data.Dir)
+`, clientURL(c.Config, edgeAddr), adminAddr, c.Data.Dir)
 	if c.signs() {
 		fmt.Fprintf(w, `
 Talk to yourself, in two terminals:
@@ -201,7 +201,7 @@ func secretFlags(c *configuration) string {
 
 func chatFlags(c *configuration, edgeAddr string) string {
 	flags := secretFlags(c)
-	if url := endpoint(edgeAddr); url != endpoint(findSetting("edge-addr").fallback) {
+	if url := clientURL(c.Config, edgeAddr); url != endpoint(findSetting("edge-addr").fallback) {
 		flags += " --url " + url
 	}
 	return flags

@@ -59,6 +59,9 @@ func walkConfig(t *testing.T, dir string) Config {
 	cfg.Edge.Addr, cfg.Admin.Addr = "127.0.0.1:0", "127.0.0.1:0"
 	cfg.Edge.MessageRate, cfg.Edge.UserLogins = 0, 0
 	cfg.Data.Dir = dir
+	if walkOverTLS != nil {
+		cfg.Edge.TLSCert, cfg.Edge.TLSKey = walkOverTLS.cert, walkOverTLS.key
+	}
 	cfg.Data.MinFreeBytes = minFreeFloor // the figures of this machine's disk are no part of the test
 	if err := cfg.validate(); err != nil {
 		t.Fatal(err)
@@ -140,7 +143,11 @@ func (s *walkServer) dialWalk(enc walkEncoding, query string, header http.Header
 	if header != nil {
 		d.Header = ws.HandshakeHeaderHTTP(header)
 	}
-	conn, br, hs, err := d.Dial(context.Background(), "ws://"+s.EdgeAddr()+"/ws"+query)
+	scheme := "ws://"
+	if walkOverTLS != nil {
+		scheme, d.TLSConfig = "wss://", walkOverTLS.config()
+	}
+	conn, br, hs, err := d.Dial(context.Background(), scheme+s.EdgeAddr()+"/ws"+query)
 	if err != nil {
 		return nil, err
 	}

@@ -33,6 +33,7 @@ const edgeID = 1
 // function call away; a cluster replaces these two by their remote twins.
 type Millrace struct {
 	tokens   *token.Verifier
+	tls      *certificates // nil: no TLS
 	stopKeys context.CancelFunc
 	store    *embedded.DB
 	table    *router.Table
@@ -52,10 +53,14 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	if err != nil {
 		return nil, err
 	}
+	pair, err := openCertificates(cfg, log)
+	if err != nil {
+		return nil, err
+	}
 	if err := protectData(cfg.Data.Dir, log); err != nil {
 		return nil, err
 	}
-	m = &Millrace{tokens: verifier, table: router.NewTable(), log: log, done: make(chan error, 1)}
+	m = &Millrace{tokens: verifier, tls: pair, table: router.NewTable(), log: log, done: make(chan error, 1)}
 	begun := m // m is nil where an error is returned
 	defer func() {
 		if err != nil {
@@ -86,6 +91,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 		User: cfg.Edge.userLimit(), Address: remote, Loopback: loopback, ProxyNetworks: cfg.Edge.ProxyNetworks,
 		EdgeID: edgeID, Token: verifier, Publisher: m.owner, Acknowledger: m.owner, Mailbox: m.owner,
 		Registrar: &registrar{store: m.store, table: m.table, edge: toEdge}, Logger: log, CrashPoint: backend.CrashPoint,
+		Certificate: pair.source(),
 	})
 	if err != nil {
 		return nil, err
@@ -106,6 +112,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	keys, stop := context.WithCancel(context.Background())
 	m.stopKeys = stop
 	go m.tokens.Run(keys)
+	go m.tls.run(keys)
 	runtime.GC() // what starting has left behind is no headroom for what follows
 	go m.watch()
 	return m, nil
@@ -178,8 +185,10 @@ func within(limit time.Duration, step func(context.Context) error) error {
 	return step(ctx)
 }
 
-// Reload reads again what may change while serving: the keys that verify tokens. What is wrong changes nothing.
-func (m *Millrace) Reload(ctx context.Context) error { return m.tokens.Refresh(ctx) }
+// Reload reads again what may change while serving: the keys that verify tokens, and the certificate. What is wrong changes nothing.
+func (m *Millrace) Reload(ctx context.Context) error {
+	return errors.Join(m.tokens.Refresh(ctx), m.tls.reload())
+}
 
 // Disconnect ends the sessions of a user, on all devices, and tells how many there were. Who has a valid token can connect again.
 func (m *Millrace) Disconnect(user string) int {
@@ -208,6 +217,7 @@ func (m *Millrace) Ready() []Check {
 func (m *Millrace) Metrics(emit func(name, help string, counter bool, value float64, labels ...string)) {
 	m.edge.Metrics(emit)
 	m.tokens.Metrics(emit)
+	m.tls.metrics(emit)
 	m.table.Metrics(emit)
 	m.owner.Metrics(emit)
 	m.store.Metrics(emit)

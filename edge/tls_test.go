@@ -17,6 +17,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -487,6 +488,21 @@ func TestNotTLS(t *testing.T) {
 	}
 	eventually(t, "all connections to be closed", func() bool { return s.connections.Load() == 0 && s.tls.pending.Load() == 0 })
 	talk(t, secured(t, rawDial(t, s)), "alice")
+}
+
+// TestTLSBehindTheProxyProtocol: a proxy that passes TLS on says first, in plain text, whose it is.
+func TestTLSBehindTheProxyProtocol(t *testing.T) {
+	s, _ := serveTLS(t, func(c *Config) { c.ProxyNetworks = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+	const header = "PROXY TCP4 192.0.2.1 192.0.2.2 4000 443\r\n"
+	for _, piece := range []int{1, 30, 1 << 20} {
+		chopped := &choppedConn{Conn: rawDial(t, s), piece: piece, held: []byte(header)} // in one packet with the hello
+		talk(t, handshakeWith(t, chopped, identity().config()), "alice")
+	}
+	conn := rawDial(t, s)
+	conn.Write(clientHello(t, tls.VersionTLS13)) // without the header
+	if got, err := io.ReadAll(conn); len(got) > 0 || err != nil && !isReset(err) {
+		t.Errorf("got %q, %v", got, err)
+	}
 }
 
 // TestTLSTooMuchBeforeTheHandshake: what a client may send before it has made itself known is bounded.
