@@ -40,6 +40,8 @@ type EdgeConfig struct {
 
 	// MaxConnections is not a setting: it follows from the descriptor limit. 0 lets validate compute it.
 	MaxConnections int
+	// HeartbeatSeconds is not a setting either: it is the protocol's, which 0 means, but in tests that wait for it.
+	HeartbeatSeconds int
 }
 
 // AdminConfig is the section admin: what operators and their tools read.

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -344,6 +345,8 @@ type victim struct {
 	path   string
 	config Config
 	addr   string
+	flags  []string // for serve, besides those of start and after them
+	files  int      // descriptors it may have open; 0: as many as this process
 
 	// Of the present life.
 	process *exec.Cmd
@@ -386,8 +389,12 @@ func freeFixedAddr(t testing.TB) string {
 // reports that it ended before. One that does neither is killed.
 func (s *victim) start(crash string) (early bool) {
 	s.t.Helper()
-	s.process = exec.Command(s.path, "serve", "--edge-addr", s.addr, "--admin-addr", "127.0.0.1:0", "--edge-message-rate", "0",
-		"--edge-user-logins", "0", "--data-dir", s.config.Data.Dir, "--log-format", "text")
+	arguments := append([]string{s.path, "serve", "--edge-addr", s.addr, "--admin-addr", "127.0.0.1:0", "--edge-message-rate", "0",
+		"--edge-user-logins", "0", "--data-dir", s.config.Data.Dir, "--log-format", "text"}, s.flags...)
+	if s.files > 0 {
+		arguments = append([]string{"sh", "-c", `ulimit -n "$0" && exec "$@"`, strconv.Itoa(s.files)}, arguments...)
+	}
+	s.process = exec.Command(arguments[0], arguments[1:]...)
 	s.process.Env = append(os.Environ(), "MILLRACE_CRASH="+crash)
 	said, err := s.process.StderrPipe()
 	if err != nil {

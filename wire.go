@@ -87,8 +87,9 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	remote, loopback := cfg.Edge.addressLimits()
 	m.edge, err = edge.New(edge.Config{
 		Addr: cfg.Edge.Addr, MaxConnections: cfg.Edge.MaxConnections, Origins: cfg.Edge.Origins,
-		Rate: edge.RateLimit{PerSecond: float64(cfg.Edge.MessageRate), Burst: cfg.Edge.MessageBurst},
-		User: cfg.Edge.userLimit(), Address: remote, Loopback: loopback, ProxyNetworks: cfg.Edge.ProxyNetworks,
+		Rate:             edge.RateLimit{PerSecond: float64(cfg.Edge.MessageRate), Burst: cfg.Edge.MessageBurst},
+		HeartbeatSeconds: cfg.Edge.HeartbeatSeconds,
+		User:             cfg.Edge.userLimit(), Address: remote, Loopback: loopback, ProxyNetworks: cfg.Edge.ProxyNetworks,
 		EdgeID: edgeID, Token: verifier, Publisher: m.owner, Acknowledger: m.owner, Mailbox: m.owner,
 		Registrar: &registrar{store: m.store, table: m.table, edge: toEdge}, Logger: log, CrashPoint: backend.CrashPoint,
 		Certificate: pair.source(),
