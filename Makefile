@@ -16,7 +16,7 @@ KILLS    ?= 50
 BENCH    ?= .
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test vet lint fuzz sim test-crash bench clean
+.PHONY: help run build test vet lint fuzz sim test-crash test-flood bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ sim: ## the simulation with SEEDS seeds (20000), or with the one SEED and its tr
 
 test-crash: ## kill the real server KILLS times (50), at random and at each crash point, and check what is left
 	go test -tags crashpoints -run '^TestKill' -count=1 -timeout 60m -v . -args -kills=$(KILLS)
+
+test-flood: ## the floods in their long form, against the real server (5 minutes; a silent network takes root)
+	go test -run '^TestFlood' -count=1 -timeout 20m -v . -args -floods
 
 bench: ## the benchmarks (BENCH=regexp)
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
