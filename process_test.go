@@ -68,8 +68,6 @@ func collectUntil[T any](t *testing.T, sent <-chan T) (value T) {
 	return value
 }
 
-var garbage []byte
-
 // TestTuneGCOfAnIdleHeap: who allocates nothing keeps little headroom.
 func TestTuneGCOfAnIdleHeap(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(100))
@@ -92,19 +90,31 @@ func gogc() int {
 }
 
 func TestTuneGCFollowsTheLiveHeap(t *testing.T) {
-	t.Setenv("GOGC", "")
 	defer debug.SetGCPercent(debug.SetGCPercent(100))
-	defer tuneGC()()
 	held := make([]byte, 4*gcHeadroomBytes)
-	for range 1000 { // as collectUntil
-		garbage = make([]byte, gcHeadroomBytes/8)
-		runtime.GC()
-		if percent := gogc(); percent <= 25 && percent >= 20 {
-			runtime.KeepAlive(held)
+	runtime.GC()
+	tuner := &gcTuner{last: time.Now()} // everything since the start was allocated just now: it is busy
+	if !tuner.tune(tuner.last.Add(time.Millisecond)) || gogc() < 20 || gogc() > 25 {
+		t.Errorf("GOGC is %d with %d MiB alive", gogc(), readHeap().live>>20)
+	}
+	runtime.KeepAlive(held)
+}
+
+// TestTuneGCFollowsCollections: the hook and the setting are joined.
+func TestTuneGCFollowsCollections(t *testing.T) {
+	t.Setenv("GOGC", "")
+	defer debug.SetGCPercent(debug.SetGCPercent(37))
+	defer tuneGC()()
+	hooked := make(chan bool, 1)
+	afterEachGC(func() bool { hooked <- true; return false })
+	collectUntil(t, hooked)
+	for range 1000 { // the hooks of one collection run in any order
+		if gogc() != 37 {
 			return
 		}
+		runtime.GC()
 	}
-	t.Errorf("GOGC is %d with %d MiB alive", gogc(), readHeap().live>>20)
+	t.Error("GOGC is what it was before")
 }
 
 func TestGOGCOfTheUserStays(t *testing.T) {
