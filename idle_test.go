@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/tls"
 	"fmt"
 	"os"
 	"strconv"
@@ -22,23 +23,34 @@ const settleAfter = 60 * time.Second
 // The server is the real binary in a process of its own; heartbeats go on.
 func BenchmarkIdleConnection(b *testing.B) {
 	for _, n := range []int{1_000, 10_000} {
-		b.Run(strconv.Itoa(n), func(b *testing.B) {
-			server := newVictim(b, b.TempDir(), "")
-			b.Cleanup(server.kill)
-			if early := server.start(""); early {
-				b.Fatalf("the server did not start:\n%s", server.log())
-			}
-			before := residentBytes(b, server.process.Process.Pid)
-			for i := range n {
-				hold(b, server, fmt.Sprintf("user-%06d", i))
-			}
-			time.Sleep(settleAfter) // part of the definition: heartbeats and collections go on meanwhile
-			after := residentBytes(b, server.process.Process.Pid)
-			b.ReportMetric(float64(after-before)/float64(n), "B/connection")
-			b.ReportMetric(float64(before)/1e6, "MB-empty")
-			b.ReportMetric(0, "ns/op")
-		})
+		b.Run(strconv.Itoa(n), func(b *testing.B) { weighIdle(b, n, nil) })
 	}
+}
+
+// BenchmarkIdleTLSConnection is the same over TLS.
+func BenchmarkIdleTLSConnection(b *testing.B) {
+	const n = 5_000
+	b.Run(strconv.Itoa(n), func(b *testing.B) { weighIdle(b, n, newPair(b, b.TempDir(), nextDay())) })
+}
+
+func weighIdle(b *testing.B, n int, pair *testPair) {
+	server := newVictim(b, b.TempDir(), "")
+	if pair != nil {
+		server.flags = []string{"--edge-tls-cert", pair.cert, "--edge-tls-key", pair.key}
+	}
+	b.Cleanup(server.kill)
+	if early := server.start(""); early {
+		b.Fatalf("the server did not start:\n%s", server.log())
+	}
+	before := residentBytes(b, server.process.Process.Pid)
+	for i := range n {
+		hold(b, server, pair, fmt.Sprintf("user-%06d", i))
+	}
+	time.Sleep(settleAfter) // part of the definition: heartbeats and collections go on meanwhile
+	after := residentBytes(b, server.process.Process.Pid)
+	b.ReportMetric(float64(after-before)/float64(n), "B/connection")
+	b.ReportMetric(float64(before)/1e6, "MB-empty")
+	b.ReportMetric(0, "ns/op")
 }
 
 func residentBytes(tb testing.TB, pid int) int64 {
@@ -60,12 +72,17 @@ func residentBytes(tb testing.TB, pid int) int64 {
 }
 
 // hold opens a connection, waits for connected, and answers pings until the benchmark ends.
-func hold(tb testing.TB, s *victim, user string) {
+func hold(tb testing.TB, s *victim, pair *testPair, user string) {
 	signed, err := signToken(s.config, user, time.Hour)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	conn, reader, _, err := ws.Dialer{Protocols: []string{protocol.SubprotocolBinary}, Timeout: 10 * time.Second}.Dial(tb.Context(), "ws://"+s.addr+"/ws")
+	d, url := ws.Dialer{Protocols: []string{protocol.SubprotocolBinary}, Timeout: 10 * time.Second}, "ws://"+s.addr+"/ws"
+	if pair != nil {
+		url = "wss://" + s.addr + "/ws"
+		d.TLSConfig = &tls.Config{RootCAs: pair.roots, ServerName: "localhost"}
+	}
+	conn, reader, _, err := d.Dial(tb.Context(), url)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -430,3 +430,26 @@ func BenchmarkTLSSend(b *testing.B) {
 		b.Fatal("closed")
 	}
 }
+
+// BenchmarkTLSHandshake is what a handshake costs both sides, of which this loop and its goroutine are one.
+func BenchmarkTLSHandshake(b *testing.B) {
+	for _, resumed := range []bool{false, true} {
+		b.Run(map[bool]string{false: "full", true: "resumed"}[resumed], func(b *testing.B) {
+			bench := newTLSBench(b, nil)
+			config := identity().config()
+			if resumed {
+				config.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+			}
+			for b.Loop() {
+				c := bench.connect(config)
+				if resumed {
+					c.hear() // the ticket
+				}
+				c.socket.close()
+			}
+			if m := &bench.l.m.tlsHandshakes; resumed != (m[tlsResumed13] > m[tlsDone13]) && b.N > 2 {
+				b.Errorf("%d full, %d resumed", m[tlsDone13], m[tlsResumed13])
+			}
+		})
+	}
+}
