@@ -85,9 +85,12 @@ func (r *wsReader) next(data []byte, text bool, limit int, tick uint32) (ev wsEv
 	if len(data) > 0 && !r.pending() {
 		r.since = tick
 	}
-	frame, h, rest, ev := r.frame(data, text, limit)
-	if ev.kind == wsViolation || frame == nil {
-		return ev, rest
+	frame, h, rest, bad := r.frame(data, text, limit)
+	switch {
+	case bad != nil:
+		return *bad, nil
+	case frame == nil:
+		return wsEvent{}, nil
 	}
 	payload := frame[h.size:]
 	ws.Cipher(payload, h.mask, 0)
@@ -110,26 +113,24 @@ func (r *wsReader) releaseSpent() {
 
 // frame returns the next complete frame, header included, of what was kept and of data. Without one it keeps
 // all of data and returns nil.
-func (r *wsReader) frame(data []byte, text bool, limit int) (frame []byte, h wsHeader, rest []byte, ev wsEvent) {
+func (r *wsReader) frame(data []byte, text bool, limit int) (frame []byte, h wsHeader, rest []byte, bad *wsEvent) {
 	if r.partial == nil {
-		h, ev = r.header(data, text, limit)
-		if ev.kind == wsViolation {
-			return nil, h, nil, ev
+		if h, bad = r.header(data, text, limit); bad != nil {
+			return nil, h, nil, bad
 		}
 		if h.size > 0 && len(data)-h.size >= h.length {
 			n := h.size + h.length
-			return data[:n:n], h, data[n:], ev
+			return data[:n:n], h, data[n:], nil
 		}
 		if len(data) > 0 {
 			r.partial = inputs.Get()
 			r.partial.B = append(r.partial.B, data...)
 		}
-		return nil, h, nil, ev
+		return nil, h, nil, nil
 	}
 	for {
-		h, ev = r.header(r.partial.B, text, limit)
-		if ev.kind == wsViolation {
-			return nil, h, nil, ev
+		if h, bad = r.header(r.partial.B, text, limit); bad != nil {
+			return nil, h, nil, bad
 		}
 		// Without a header at least one more byte is needed to know how many are.
 		missing := 1
@@ -138,10 +139,10 @@ func (r *wsReader) frame(data []byte, text bool, limit int) (frame []byte, h wsH
 		}
 		if missing == 0 {
 			r.spent = true
-			return r.partial.B, h, data, ev
+			return r.partial.B, h, data, nil
 		}
 		if len(data) == 0 {
-			return nil, h, nil, ev
+			return nil, h, nil, nil
 		}
 		n := min(missing, len(data))
 		r.partial.B = append(r.partial.B, data[:n]...)
@@ -159,41 +160,41 @@ type wsHeader struct {
 }
 
 // header reads and judges the header at the start of b, each part as soon as it is there.
-func (r *wsReader) header(b []byte, text bool, limit int) (h wsHeader, ev wsEvent) {
+func (r *wsReader) header(b []byte, text bool, limit int) (h wsHeader, bad *wsEvent) {
 	if len(b) < 2 {
-		return h, wsEvent{}
+		return h, nil
 	}
 	h.op, h.fin = ws.OpCode(b[0]&0x0f), b[0]&0x80 != 0
-	if ev = r.judge(b[0], b[1], text); ev.kind == wsViolation {
-		return h, ev
+	if bad = r.judge(b[0], b[1], text); bad != nil {
+		return h, bad
 	}
 	length, size := uint64(b[1]&0x7f), 2
 	switch length {
 	case 126:
 		if size = 4; len(b) < size {
-			return h, wsEvent{}
+			return h, nil
 		}
 		if length = uint64(binary.BigEndian.Uint16(b[2:])); length < 126 {
-			return h, violation(protocol.CloseProtocolError, "frame length is not minimal")
+			return h, refused(protocol.CloseProtocolError, "frame length is not minimal")
 		}
 	case 127:
 		if size = 10; len(b) < size {
-			return h, wsEvent{}
+			return h, nil
 		}
 		length = binary.BigEndian.Uint64(b[2:])
 		if length>>63 != 0 || length <= 0xffff {
-			return h, violation(protocol.CloseProtocolError, "frame length is malformed or not minimal")
+			return h, refused(protocol.CloseProtocolError, "frame length is malformed or not minimal")
 		}
 	}
 	if !h.op.IsControl() && length > uint64(limit-r.messageBytes()) {
-		return h, violation(protocol.CloseTooBig, "message is too long")
+		return h, refused(protocol.CloseTooBig, "message is too long")
 	}
 	if len(b) < size+4 {
-		return h, wsEvent{}
+		return h, nil
 	}
 	copy(h.mask[:], b[size:])
 	h.size, h.length = size+4, int(length)
-	return h, wsEvent{}
+	return h, nil
 }
 
 func (r *wsReader) messageBytes() int {
@@ -204,7 +205,7 @@ func (r *wsReader) messageBytes() int {
 }
 
 // judge looks at the two bytes that every header has.
-func (r *wsReader) judge(b0, b1 byte, text bool) wsEvent {
+func (r *wsReader) judge(b0, b1 byte, text bool) *wsEvent {
 	state := ws.StateServerSide
 	if r.fragment > 0 {
 		state = state.Set(ws.StateFragmented)
@@ -219,19 +220,25 @@ func (r *wsReader) judge(b0, b1 byte, text bool) wsEvent {
 	}, state)
 	switch {
 	case err != nil:
-		return violation(protocol.CloseProtocolError, err.Error())
+		return refused(protocol.CloseProtocolError, err.Error())
 	case op == ws.OpText && !text:
-		return violation(protocol.CloseUnsupported, "this subprotocol takes binary messages only")
+		return refused(protocol.CloseUnsupported, "this subprotocol takes binary messages only")
 	case op == ws.OpBinary && text:
-		return violation(protocol.CloseUnsupported, "this subprotocol takes text messages only")
+		return refused(protocol.CloseUnsupported, "this subprotocol takes text messages only")
 	case !op.IsControl() && r.fragment >= protocol.MaxFragments:
-		return violation(protocol.CloseTooBig, "message has too many fragments")
+		return refused(protocol.CloseTooBig, "message has too many fragments")
 	}
-	return wsEvent{}
+	return nil
 }
 
 func violation(code protocol.CloseCode, text string) wsEvent {
 	return wsEvent{kind: wsViolation, code: code, text: text}
+}
+
+// refused is violation for who finds none in most frames: an event is too large to be handed up through every call.
+func refused(code protocol.CloseCode, text string) *wsEvent {
+	ev := violation(code, text)
+	return &ev
 }
 
 // data handles a frame of a data message.
