@@ -85,16 +85,7 @@ func (s *Server) listen() error {
 }
 
 func (e *engine) run(addr string) {
-	e.runErr = gnet.Run(e, addr,
-		gnet.WithNumEventLoop(len(e.loops)),
-		gnet.WithReusePort(true),
-		gnet.WithReuseAddr(true),
-		gnet.WithTCPKeepAlive(keepAlive),
-		gnet.WithSocketSendBuffer(socketSendBytes),
-		gnet.WithWriteBufferCap(ringBytes),
-		gnet.WithTicker(true),
-		gnet.WithLogger(&gnetLogger{log: e.server.cfg.Logger}),
-	)
+	e.runErr = gnet.Run(e, addr, engineOptions(len(e.loops), e.server.cfg.Logger)...)
 	close(e.exited)
 	if !e.stopping.Load() {
 		select {
@@ -102,6 +93,19 @@ func (e *engine) run(addr string) {
 			e.server.done <- fmt.Errorf("edge: event loops ended by themselves: %w", e.failure())
 		default: // listen tells
 		}
+	}
+}
+
+func engineOptions(loops int, log *slog.Logger) []gnet.Option {
+	return []gnet.Option{
+		gnet.WithNumEventLoop(loops),
+		gnet.WithReusePort(true),
+		gnet.WithReuseAddr(true),
+		gnet.WithTCPKeepAlive(keepAlive),
+		gnet.WithSocketSendBuffer(socketSendBytes),
+		gnet.WithWriteBufferCap(ringBytes),
+		gnet.WithTicker(true),
+		gnet.WithLogger(&gnetLogger{log: log}),
 	}
 }
 
