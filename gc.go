@@ -14,22 +14,27 @@ const (
 	// much again as is alive, which is right for small heaps; with a million connections it would double the memory that
 	// each of them costs.
 	gcHeadroomBytes = 64 << 20
-	// gcInterval is how often a heap may be collected without thinking of the cost: marking 10 MiB takes 5 ms.
-	gcInterval = 10 * time.Second
-	// gcLeastPercent is the headroom of a server that allocates next to nothing.
+	// gcCheapBytes is what may be marked in a second without thinking of the cost: 1 % of a core, which marks 2 GB/s.
+	gcCheapBytes = 20 << 20
+	// gcLeastPercent is the headroom of a server that allocates next to nothing. From there it goes in steps of as much, since each
+	// change stops the world.
 	gcLeastPercent = 10
+	// gcInterval is how often the headroom of a server that does not collect is looked at.
+	gcInterval = 10 * time.Second
 )
 
-// gcPercent is the GOGC value for a heap of live bytes: headroom for what is allocated in gcInterval, at least gcLeastPercent, and at most
-// min(100 %, gcHeadroomBytes); never 0, which would collect without pause. So a server whose connections are idle does not keep
-// as much garbage as they take, and a busy one has the headroom that it needs.
-func gcPercent(live, allocatedPerInterval uint64) int {
+// gcPercent is the GOGC value for a heap of live bytes: so that gcCheapBytes are marked in a second, at least gcLeastPercent, and at most
+// min(100 %, gcHeadroomBytes); never 0, which would collect without pause. (Between two collections percent · live / 100 bytes are allocated, and then live bytes
+// marked: live cancels out.) So a server to which many connect does not spread their objects among garbage, which
+// would keep its pages for as long as they live, and a busy one has the headroom that it needs.
+func gcPercent(live, allocatedPerSecond uint64) int {
 	live = max(live, 1)
 	most := uint64(100)
 	if live > gcHeadroomBytes {
 		most = max(1, gcHeadroomBytes*100/live)
 	}
-	return int(min(most, max(gcLeastPercent, allocatedPerInterval/(live/100+1))))
+	wanted := allocatedPerSecond / (gcCheapBytes * gcLeastPercent / 100) * gcLeastPercent
+	return int(min(most, max(gcLeastPercent, wanted)))
 }
 
 // tuneGC keeps GOGC at gcPercent of what each collection found alive, and of what is allocated, until stop is called. A GOGC in the
@@ -78,7 +83,7 @@ func (t *gcTuner) tune(now time.Time) (again bool) {
 	}
 	heap := readHeap()
 	elapsed := max(now.Sub(t.last), time.Millisecond)
-	rate := float64(heap.allocated-t.allocated) * float64(gcInterval) / float64(elapsed)
+	rate := float64(heap.allocated-t.allocated) / elapsed.Seconds()
 	t.last, t.allocated = now, heap.allocated
 	if percent := gcPercent(heap.live, uint64(rate)); percent != t.percent { // setting it stops the world: only when it changes
 		t.percent = percent

@@ -17,7 +17,7 @@ import (
 
 func TestGCPercent(t *testing.T) {
 	for _, c := range []struct {
-		live, allocated uint64
+		live, allocated uint64 // a second
 		want            int
 	}{
 		// busy
@@ -26,11 +26,11 @@ func TestGCPercent(t *testing.T) {
 		// idle
 		{0, 0, 10}, {4 << 20, 0, 10}, {64 << 20, 1 << 20, 10}, {640 << 20, 0, 10}, {6400 << 20, 0, 1},
 		// between
-		{8 << 20, 2 << 20, 24}, {8 << 20, 4 << 20, 49},
+		{8 << 20, 3 << 20, 10}, {8 << 20, 4 << 20, 20}, {64 << 20, 4 << 20, 20}, {8 << 20, 11 << 20, 50}, {8 << 20, 20 << 20, 100},
 	} {
 		got := gcPercent(c.live, c.allocated)
 		if got != c.want {
-			t.Errorf("%d MiB alive, %d MiB allocated: got %d, want %d", c.live>>20, c.allocated>>20, got, c.want)
+			t.Errorf("%d MiB alive, %d MiB/s allocated: got %d, want %d", c.live>>20, c.allocated>>20, got, c.want)
 		}
 		if headroom := c.live * uint64(got) / 100; c.live <= 6400<<20 && headroom > gcHeadroomBytes {
 			t.Errorf("%d MiB alive: headroom %d MiB", c.live>>20, headroom>>20)
