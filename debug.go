@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -194,7 +195,7 @@ func boundProfileTime(next http.Handler) http.Handler {
 func metricsHandler(src source, l *adminListener, log *slog.Logger) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		collectors.NewGoCollector(),
+		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(collectorCPU)),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		buildInfo(readBuildVersion()),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
@@ -208,6 +209,9 @@ func metricsHandler(src source, l *adminListener, log *slog.Logger) http.Handler
 		ErrorHandling: promhttp.ContinueOnError, // one bad metric must not blind the operator
 	})
 }
+
+// collectorCPU adds what the garbage collector takes.
+var collectorCPU = collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile(`^/cpu/classes/gc/`)}
 
 func buildInfo(v buildVersion) prometheus.Collector {
 	info := prometheus.NewGauge(prometheus.GaugeOpts{

@@ -42,6 +42,8 @@ type Millrace struct {
 	admin    *adminServer
 	log      *slog.Logger
 
+	footprint footprint
+
 	draining atomic.Bool
 	done     chan error
 	closing  atomic.Bool
@@ -115,6 +117,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (m *Millrace, err 
 	go m.tokens.Run(keys)
 	go m.tls.run(keys)
 	runtime.GC() // what starting has left behind is no headroom for what follows
+	m.footprint.begin()
 	go m.watch()
 	return m, nil
 }
@@ -222,6 +225,7 @@ func (m *Millrace) Metrics(emit func(name, help string, counter bool, value floa
 	m.table.Metrics(emit)
 	m.owner.Metrics(emit)
 	m.store.Metrics(emit)
+	m.footprint.metrics(emit, m.edge.Connections())
 }
 
 // edgeLink is the edge as the owners see it; in a cluster edge.Links takes its place.

@@ -212,6 +212,9 @@ func (s *Server) Start() error {
 // Addr is the address that was bound, with its port. Valid after Start.
 func (s *Server) Addr() string { return s.addr }
 
+// Connections is how many TCP connections are open, whatever their state.
+func (s *Server) Connections() int { return int(s.connections.Load()) }
+
 // Done receives one error if the server ends without Stop; all connections are closed then. It is never closed.
 func (s *Server) Done() <-chan error { return s.done }
 
