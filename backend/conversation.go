@@ -280,7 +280,7 @@ func (rc *receipt) settle(r Reader, position, commit uint64) error {
 // nextHole is the first outstanding position ≥ from, 0: none.
 func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
 	var hole uint64
-	at, _ := findOverlay(rc.left, from)
+	at, _ := slices.BinarySearchFunc(rc.left, from, func(o overlay, p uint64) int { return cmp.Compare(o.position, p) })
 	for ; at < len(rc.left) && hole == 0; at++ {
 		if p := rc.left[at].position; !rc.isSettled(p) {
 			hole = p
@@ -300,12 +300,10 @@ func (rc *receipt) nextHole(r Reader, from uint64) (uint64, error) {
 	}
 }
 
+// isOutstanding is asked of messages that are not in flight: what left is of those that are, until its commit is durable.
 func (rc *receipt) isOutstanding(r Reader, position uint64) (bool, error) {
 	if rc.isSettled(position) {
 		return false, nil
-	}
-	if _, found := findOverlay(rc.left, position); found {
-		return true, nil
 	}
 	row, ok, err := r.FirstOutstanding(rc.row.Conversation, rc.row.Addressee, position)
 	return ok && row.Position == position, err
@@ -314,10 +312,6 @@ func (rc *receipt) isOutstanding(r Reader, position uint64) (bool, error) {
 func (rc *receipt) isSettled(position uint64) bool {
 	_, found := rc.settled[position]
 	return found
-}
-
-func findOverlay(list []overlay, position uint64) (at int, found bool) {
-	return slices.BinarySearchFunc(list, position, func(o overlay, p uint64) int { return cmp.Compare(o.position, p) })
 }
 
 // acknowledge records the first acknowledgement of a message.

@@ -465,6 +465,12 @@ type inboxCursor struct {
 	verified, revoked, handshaken                                                                           int
 }
 
+// following is the item at a place, which moves on before the item is handled.
+func following[T any](list []T, at *int) *T {
+	*at++
+	return &list[*at-1]
+}
+
 // tryItems handles the rest of a batch. It is false when an item panicked: the ones behind it are still to be handled.
 func (l *loop) tryItems(b *inboxBatch) (done bool) {
 	defer l.recoverServing()
@@ -475,73 +481,59 @@ func (l *loop) tryItems(b *inboxBatch) (done bool) {
 			l.m.items++
 			switch r.kind {
 			case inboxAnswer:
-				a := &b.answers[k.answers]
-				k.answers++
+				a := following(b.answers, &k.answers)
 				l.serving = a.To.Conn
 				l.answer(a)
 			case inboxPush:
-				p := &b.pushes[k.pushes]
-				k.pushes++
+				p := following(b.pushes, &k.pushes)
 				l.serving = p.To.Conn
 				l.push(p)
 			case inboxRefused:
-				s := &b.refused[k.refused]
-				k.refused++
+				s := following(b.refused, &k.refused)
 				l.serving = s.Conn
 				l.overflow(s)
 			case inboxNotice:
-				s := &b.notices[k.notices]
-				k.notices++
+				s := following(b.notices, &k.notices)
 				l.serving = s.Conn
 				l.notify(s)
 			case inboxReceipt:
-				rc := &b.receipts[k.receipts]
-				k.receipts++
+				rc := following(b.receipts, &k.receipts)
 				l.serving = rc.To.Conn
 				l.receipt(rc)
 			case inboxPage:
-				p := &b.pages[k.pages]
-				k.pages++
+				p := following(b.pages, &k.pages)
 				l.serving = p.To.Conn
 				l.page(p)
 			case inboxReceiptsPage:
-				p := &b.receiptsPages[k.receiptsPages]
-				k.receiptsPages++
+				p := following(b.receiptsPages, &k.receiptsPages)
 				l.serving = p.To.Conn
 				l.receiptsPage(p)
 			case inboxMissed:
-				m := &b.missed[k.missed]
-				k.missed++
+				m := following(b.missed, &k.missed)
 				l.serving = m.to.Conn
 				l.missedReceipts(m)
 			case inboxRegistered:
-				rg := &b.registered[k.registered]
-				k.registered++
+				rg := following(b.registered, &k.registered)
 				l.serving = rg.To.Conn
 				l.registered(rg)
 			case inboxReplaced:
-				s := &b.replaced[k.replaced]
-				k.replaced++
+				s := following(b.replaced, &k.replaced)
 				l.serving = s.Conn
 				l.replaced(s)
 			case inboxVerified:
-				q := b.verified[k.verified]
-				k.verified++
+				q := *following(b.verified, &k.verified)
 				l.serving = q.conn
 				l.verified(q)
 			case inboxRevoked:
-				s := &b.revoked[k.revoked]
-				k.revoked++
+				s := following(b.revoked, &k.revoked)
 				l.serving = s.Conn
 				l.revoked(s)
 			case inboxHandshaken:
-				id := b.handshaken[k.handshaken]
-				k.handshaken++
+				id := *following(b.handshaken, &k.handshaken)
 				l.serving = id
 				l.handshaken(id)
 			case inboxFence:
-				l.fenced = max(l.fenced, b.fences[k.fences].Number)
-				k.fences++
+				l.fenced = max(l.fenced, following(b.fences, &k.fences).Number)
 			}
 		}
 	}
